@@ -1,0 +1,349 @@
+"""config.json as a frozen `Config`; what cannot be run faithfully is refused by name."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .files import Section, read_json
+
+DENSE = ("qwen3_5", "qwen3_5_text")
+SPARSE = ("qwen3_5_moe", "qwen3_5_moe_text")
+# Packed formats of `mx.quantize`: the last three fix their own bits and group size.
+MODES = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding. `section`: how many of the `rotary_dim / 2` pairs follow axis T, H, W."""
+
+    theta: float
+    rotary_dim: int
+    section: tuple[int, int, int]
+    factor: float = 1.0  # YaRN context extension; 1 = plain
+    original_positions: int = 262144
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0  # on cos and sin, hence on the rotary dims only
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model. `layer_types`: True where the layer is full attention."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    is_full_attention: tuple[bool, ...]
+    rope: Rope
+    intermediate_size: int  # 0 on mixture-of-experts sizes
+    num_experts: int  # 0 on dense sizes
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    mtp_num_hidden_layers: int
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: q, k and v side by side."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_position_embeddings: int
+    out_hidden_size: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    in_channels: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """One matrix's packing: `mode` of `mx.quantize`, bits per weight, columns per scale."""
+
+    mode: str
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The folder's default format and its exceptions by module path (None: not packed)."""
+
+    default: Format
+    overrides: Mapping[str, Format | None] = field(default_factory=dict)
+
+    def of(self, path: str) -> Format | None:
+        """Format of the module called `path` in the folder's own naming."""
+        return self.overrides.get(path, self.default)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole model folder's declaration. `vision` is None for text-only folders."""
+
+    text: TextConfig
+    vision: VisionConfig | None
+    quantization: Quantization | None
+    tie_word_embeddings: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+
+def read(folder: Path) -> Config:
+    """Parse `folder/config.json`.
+
+    Raises: ModelError when it is missing, not JSON, not Qwen3.5, or asks for what is not run.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder}: no such folder; expected a model folder. "
+            "Give a local folder, a Hub id such as Qwen/Qwen3.5-4B, or a size such as 4b."
+        )
+    if not path.is_file():
+        raise ModelError(
+            f"{folder}: no config.json; expected a Qwen3.5 model folder. Check the path."
+        )
+    return parse(read_json(path), str(path))
+
+
+def parse(values: Any, where: str) -> Config:
+    """Config of the contents of a config.json; `where` names it in errors.
+
+    Raises: ModelError as `read`.
+    """
+    top = Section(values, where)
+    kind = top.values.get("model_type")
+    if kind not in DENSE + SPARSE:
+        raise ModelError(
+            f"{where}: model_type is {kind!r}; expected one of {', '.join(DENSE + SPARSE)}. "
+            "This program runs Qwen3.5 only."
+        )
+    text = top.section("text_config") if "text_config" in top.values else top
+    vision = top.section("vision_config") if top.values.get("vision_config") else None
+    eos = top.values.get("eos_token_id", text.values.get("eos_token_id"))
+    return Config(
+        text=_text(text, sparse=kind in SPARSE),
+        vision=_vision(vision) if vision else None,
+        quantization=_quantization(top),
+        tie_word_embeddings=top.flag("tie_word_embeddings", text.flag("tie_word_embeddings")),
+        dtype=str(text.values.get("dtype") or text.values.get("torch_dtype") or "bfloat16"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        image_token_id=top.integer("image_token_id", 248056),
+        video_token_id=top.integer("video_token_id", 248057),
+        vision_start_token_id=top.integer("vision_start_token_id", 248053),
+        vision_end_token_id=top.integer("vision_end_token_id", 248054),
+    )
+
+
+def _text(text: Section, sparse: bool) -> TextConfig:
+    text.refuse_unless("hidden_act", "silu")
+    text.refuse_unless("attention_bias", False, None)
+    text.refuse_unless("attn_output_gate", True)
+    text.refuse_unless("mlp_only_layers", [], None)
+    text.refuse_unless("decoder_sparse_step", 1, None)
+    text.refuse_unless("norm_topk_prob", True, None)
+    text.refuse_unless("mtp_use_dedicated_embeddings", False, None)
+    text.refuse_unless("mtp_num_hidden_layers", 0, 1)
+    head_dim = text.size("head_dim", 256)
+    config = TextConfig(
+        hidden_size=text.size("hidden_size"),
+        num_hidden_layers=text.size("num_hidden_layers"),
+        vocab_size=text.size("vocab_size"),
+        num_attention_heads=text.size("num_attention_heads"),
+        num_key_value_heads=text.size("num_key_value_heads"),
+        head_dim=head_dim,
+        linear_num_key_heads=text.size("linear_num_key_heads"),
+        linear_num_value_heads=text.size("linear_num_value_heads"),
+        linear_key_head_dim=text.size("linear_key_head_dim"),
+        linear_value_head_dim=text.size("linear_value_head_dim"),
+        linear_conv_kernel_dim=text.size("linear_conv_kernel_dim", 4),
+        rms_norm_eps=text.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=text.size("max_position_embeddings", 262144),
+        is_full_attention=_layer_types(text),
+        rope=_rope(text, head_dim),
+        intermediate_size=0 if sparse else text.size("intermediate_size"),
+        num_experts=text.size("num_experts") if sparse else 0,
+        num_experts_per_tok=text.size("num_experts_per_tok") if sparse else 0,
+        moe_intermediate_size=text.size("moe_intermediate_size") if sparse else 0,
+        shared_expert_intermediate_size=(
+            text.size("shared_expert_intermediate_size") if sparse else 0
+        ),
+        mtp_num_hidden_layers=text.integer("mtp_num_hidden_layers", 0),
+    )
+    for few, many, names in (
+        (config.num_key_value_heads, config.num_attention_heads, "num_attention_heads"),
+        (config.linear_num_key_heads, config.linear_num_value_heads, "linear_num_value_heads"),
+    ):
+        if many % few:
+            raise ModelError(f"{text.where}: {names} is {many}; expected a multiple of {few}.")
+    if config.num_experts_per_tok > config.num_experts:
+        raise ModelError(
+            f"{text.where}: num_experts_per_tok is {config.num_experts_per_tok}; "
+            f"expected at most num_experts, {config.num_experts}."
+        )
+    return config
+
+
+def _layer_types(text: Section) -> tuple[bool, ...]:
+    count = text.size("num_hidden_layers")
+    interval = text.size("full_attention_interval", 4)
+    kinds = text.values.get("layer_types")
+    if kinds is None:
+        return tuple((i + 1) % interval == 0 for i in range(count))
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise ModelError(f"{text.where}: layer_types; expected a list of {count} names.")
+    for kind in kinds:
+        if kind not in ("linear_attention", "full_attention"):
+            raise ModelError(
+                f"{text.where}: layer_types holds {kind!r}; "
+                "expected 'linear_attention' or 'full_attention'."
+            )
+    return tuple(kind == "full_attention" for kind in kinds)
+
+
+def _rope(text: Section, head_dim: int) -> Rope:
+    """`rope_parameters`, or the older `rope_scaling` + `rope_theta`, as transformers reads both."""
+    values = text.values.get("rope_parameters") or text.values.get("rope_scaling") or {}
+    rope = Section(values, f"{text.where}: rope_parameters")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ("default", "mrope", "yarn"):
+        raise ModelError(f"{rope.where}: rope_type is {kind!r}; expected 'default' or 'yarn'.")
+    rope.refuse_unless("mrope_interleaved", True)
+    fraction = rope.number("partial_rotary_factor", text.values.get("partial_rotary_factor", 0.25))
+    theta = rope.number("rope_theta", text.values.get("rope_theta", 1e7))
+    rotary_dim = int(head_dim * fraction)
+    section = values.get("mrope_section", [11, 11, 10])
+    if not isinstance(section, list) or len(section) != 3 or sum(section) != rotary_dim // 2:
+        raise ModelError(
+            f"{rope.where}: mrope_section is {section!r}; "
+            f"expected three numbers with sum {rotary_dim // 2}."
+        )
+    axes = (int(section[0]), int(section[1]), int(section[2]))
+    if kind != "yarn":
+        return Rope(theta, rotary_dim, axes)
+    return _yarn(rope, theta, rotary_dim, axes, text)
+
+
+def _yarn(
+    rope: Section, theta: float, rotary_dim: int, axes: tuple[int, int, int], text: Section
+) -> Rope:
+    """YaRN's settings. Source: transformers `modeling_rope_utils._compute_yarn_parameters`."""
+    rope.refuse_unless("truncate", True, None)
+    rope.refuse_unless("mscale", None)
+    rope.refuse_unless("mscale_all_dim", None)
+    original = rope.values.get("original_max_position_embeddings")
+    original = original or text.values.get("max_position_embeddings") or 262144
+    factor = rope.number("factor")
+    attention = rope.values.get("attention_factor")
+    return Rope(
+        theta,
+        rotary_dim,
+        axes,
+        factor=factor,
+        original_positions=int(original),
+        beta_fast=float(rope.values.get("beta_fast") or 32),
+        beta_slow=float(rope.values.get("beta_slow") or 1),
+        attention_factor=float(attention) if attention else 0.1 * math.log(factor) + 1.0,
+    )
+
+
+def _vision(vision: Section) -> VisionConfig:
+    vision.refuse_unless("hidden_act", "gelu_pytorch_tanh")
+    vision.refuse_unless("deepstack_visual_indexes", [], None)
+    config = VisionConfig(
+        depth=vision.size("depth"),
+        hidden_size=vision.size("hidden_size"),
+        intermediate_size=vision.size("intermediate_size"),
+        num_heads=vision.size("num_heads"),
+        num_position_embeddings=vision.size("num_position_embeddings"),
+        out_hidden_size=vision.size("out_hidden_size"),
+        patch_size=vision.size("patch_size", 16),
+        temporal_patch_size=vision.size("temporal_patch_size", 2),
+        spatial_merge_size=vision.size("spatial_merge_size", 2),
+        in_channels=vision.size("in_channels", 3),
+    )
+    if config.hidden_size % (4 * config.num_heads):
+        raise ModelError(
+            f"{vision.where}: hidden_size is {config.hidden_size}; "
+            f"expected a multiple of 4 x num_heads, {4 * config.num_heads}."
+        )
+    return config
+
+
+def _quantization(top: Section) -> Quantization | None:
+    """MLX's `quantization` block. Other packings (FP8, GPTQ, AWQ ...) are refused by name."""
+    foreign = top.values.get("quantization_config")
+    values = top.values.get("quantization")
+    if values is None and isinstance(foreign, dict):
+        if "quant_method" in foreign:
+            raise ModelError(
+                f"{top.where}: weights are packed as {foreign['quant_method']!r}; "
+                "expected BF16 weights or an MLX quantization. Convert the folder first."
+            )
+        values = foreign
+    if values is None:
+        return None
+    block = Section(values, f"{top.where}: quantization")
+    default = _format(block, None)
+    overrides: dict[str, Format | None] = {}
+    for key, value in block.values.items():
+        if isinstance(value, dict):
+            overrides[key] = _format(Section(value, f"{block.where}: {key}"), default)
+        elif value is False:
+            overrides[key] = None
+        elif value is True:
+            overrides[key] = default
+    return Quantization(default, overrides)
+
+
+def _format(block: Section, default: Format | None) -> Format:
+    mode = block.values.get("mode", default.mode if default else "affine")
+    if mode not in MODES:
+        raise ModelError(
+            f"{block.where}: mode is {mode!r}; expected one of {', '.join(MODES)}. "
+            "Update the project or convert the folder again."
+        )
+    same = default if default and default.mode == mode else None
+    bits, group = MODES[mode] or (same.bits if same else 4, same.group_size if same else 64)
+    found = Format(mode, block.size("bits", bits), block.size("group_size", group))
+    fixed = MODES[mode]
+    if fixed and (found.bits, found.group_size) != fixed:
+        raise ModelError(
+            f"{block.where}: {mode} with {found.bits} bits and group {found.group_size}; "
+            f"expected {fixed[0]} bits and group {fixed[1]}."
+        )
+    if mode == "affine" and (
+        found.bits not in (2, 3, 4, 5, 6, 8) or found.group_size not in (32, 64, 128)
+    ):
+        raise ModelError(
+            f"{block.where}: {found.bits} bits in groups of {found.group_size}; "
+            "expected 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128."
+        )
+    return found

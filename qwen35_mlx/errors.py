@@ -1,0 +1,24 @@
+"""Every exception this project raises on purpose.
+
+A message is one line: `where: what was found; what was expected. What to do.`
+"""
+
+
+class Qwen35Error(Exception):
+    """Base of all errors a user of the library may want to catch."""
+
+
+class ModelError(Qwen35Error):
+    """A model folder, its configuration, tensors or tokenizer files cannot be used."""
+
+
+class InputError(Qwen35Error):
+    """A prompt, message, picture, video, template or sampling value cannot be used."""
+
+
+class OutOfMemory(Qwen35Error):
+    """The work needs more memory than this machine has free; says both numbers."""
+
+
+class Cancelled(Qwen35Error):
+    """The caller asked a running computation to stop."""

@@ -1,0 +1,134 @@
+"""config.json: all eight sizes parse, and what cannot be run faithfully is refused by name."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen35_mlx import config, family
+from qwen35_mlx.config import Format
+from qwen35_mlx.errors import ModelError
+from tiny import CONFIGS
+
+
+def changed(key: str, value: Any, section: str | None = "text_config") -> dict[str, Any]:
+    values = copy.deepcopy(CONFIGS["moe" if "expert" in key else "dense"])
+    (values[section] if section else values)[key] = value
+    return values
+
+
+@pytest.mark.parametrize("size", family.SIZES, ids=lambda size: size.name)
+def test_each_size_parses_to_its_shapes(size: family.Size) -> None:
+    found = config.parse(family.config_values(size), size.name)
+    assert found.text.hidden_size == size.hidden_size
+    assert found.text.num_hidden_layers == size.num_hidden_layers
+    assert found.text.num_experts == size.num_experts
+    assert found.text.is_full_attention == tuple(
+        i % 4 == 3 for i in range(size.num_hidden_layers)
+    )
+    assert found.text.head_dim == 256 and found.text.rope.rotary_dim == 64
+    assert found.vision is not None and found.vision.out_hidden_size == size.hidden_size
+    assert found.text.mtp_num_hidden_layers == 1
+
+
+def test_text_only_and_older_rope_keys_mean_the_same() -> None:
+    nested = config.parse(CONFIGS["dense"], "nested").text
+    flat = {**CONFIGS["dense"]["text_config"], "model_type": "qwen3_5_text"}
+    rope = flat.pop("rope_parameters")
+    flat["rope_theta"] = rope["rope_theta"]
+    flat["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    flat["rope_scaling"] = {
+        "type": "mrope",
+        "mrope_section": rope["mrope_section"],
+        "mrope_interleaved": True,
+    }
+    found = config.parse(flat, "flat")
+    assert found.text == nested and found.vision is None
+
+
+def test_yarn_scales_cosines_by_its_factor() -> None:
+    rope = config.parse(CONFIGS["dense_yarn"], "yarn").text.rope
+    assert rope.factor == 4 and rope.attention_factor == pytest.approx(1.138629436111989)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (changed("model_type", "llama", None), "'llama'"),
+        (changed("hidden_act", "gelu"), "hidden_act is 'gelu'"),
+        (changed("attention_bias", True), "attention_bias is True"),
+        (changed("attn_output_gate", False), "attn_output_gate is False"),
+        (changed("mlp_only_layers", [2]), r"mlp_only_layers is \[2\]"),
+        (changed("mtp_use_dedicated_embeddings", True), "mtp_use_dedicated_embeddings"),
+        (changed("mtp_num_hidden_layers", 2), "mtp_num_hidden_layers is 2"),
+        (changed("layer_types", ["sliding_attention"] * 4), "'sliding_attention'"),
+        (changed("layer_types", ["full_attention"]), "expected a list of 4 names"),
+        (changed("hidden_size", None), "hidden_size is None"),
+        (changed("hidden_size", "96"), "hidden_size is '96'"),
+        (changed("num_key_value_heads", 3), "expected a multiple of 3"),
+        (changed("num_experts_per_tok", 9), "num_experts_per_tok is 9"),
+        (changed("rope_parameters", {"rope_type": "longrope"}), "'longrope'"),
+        (changed("rope_parameters", {"mrope_interleaved": False}), "mrope_interleaved is False"),
+        (changed("rope_parameters", {"mrope_section": [16, 24, 24]}), "sum 32"),
+        (changed("deepstack_visual_indexes", [5], "vision_config"), "deepstack_visual_indexes"),
+        (changed("quantization_config", {"quant_method": "fp8"}, None), "'fp8'"),
+        (changed("quantization", {"bits": 4, "mode": "int4"}, None), "mode is 'int4'"),
+        (changed("quantization", {"bits": 7, "group_size": 64}, None), "7 bits"),
+        (changed("quantization", {"mode": "nvfp4", "group_size": 32}, None), "group 16"),
+        ([], "found a list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_run_is_refused_by_name(values: Any, named: str) -> None:
+    with pytest.raises(ModelError, match=named) as caught:
+        config.parse(values, "here/config.json")
+    assert str(caught.value).startswith("here/config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_quantization_overrides_are_kept_by_path() -> None:
+    block = {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+        "a.gate": {"group_size": 32, "bits": 8},
+        "a.plain": False,
+        "a.small": {"mode": "mxfp4", "bits": 4, "group_size": 32},
+    }
+    found = config.parse(changed("quantization", block, None), "q").quantization
+    assert found is not None
+    assert found.of("anything") == Format("affine", 4, 64)
+    assert found.of("a.gate") == Format("affine", 8, 32)
+    assert found.of("a.plain") is None
+    assert found.of("a.small") == Format("mxfp4", 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "no config.json"),
+        (b"", "expected JSON"),
+        (b"{", "expected JSON"),
+        (b"\xff\xfe", "expected JSON"),
+        (b"[" * 100_000, "expected JSON"),
+        (b"3", "found a int"),
+    ],
+)
+def test_a_broken_file_is_one_line(content: bytes | None, named: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=named) as caught:
+        config.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        config.read(tmp_path / "absent")
+
+
+def test_eos_is_one_id_or_several() -> None:
+    assert config.parse(changed("eos_token_id", [7, 9], None), "x").eos_token_ids == (7, 9)
+    assert config.parse(json.loads(json.dumps(CONFIGS["dense"])), "x").eos_token_ids
