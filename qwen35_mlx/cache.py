@@ -1,0 +1,109 @@
+"""What a model remembers of the tokens it has read: keys and values, or a recurrent state."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .config import TextConfig
+
+GROWTH = 256  # tokens; a buffer grows by at least this and by an eighth, so copies stay rare
+
+
+class KVState:
+    """Keys and values of one attention layer, `[B, Hk, S, D]`, append-only."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Add `[B, Hk, T, D]`; returns all keys and values so far."""
+        start, self.length = self.length, self.length + k.shape[2]
+        if self.keys is None or self.values is None or self.length > self.keys.shape[2]:
+            self.reserve(self.length + max(GROWTH, self.length // 8), k, v)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def reserve(self, capacity: int, k: mx.array, v: mx.array) -> None:
+        """Move to buffers for `capacity` tokens of the shape and type of `k`, `v`."""
+        capacity = -(-capacity // GROWTH) * GROWTH
+        B, H, _, D = k.shape
+        keys, values = (
+            mx.zeros((B, H, capacity, D), k.dtype),
+            mx.zeros((B, H, capacity, D), v.dtype),
+        )
+        if self.keys is not None and self.values is not None:
+            old = min(self.keys.shape[2], capacity)
+            keys[:, :, :old], values[:, :, :old] = self.keys[:, :, :old], self.values[:, :, :old]
+        self.keys, self.values = keys, values
+
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.keys, self.values) if a is not None]
+
+
+class DeltaState:
+    """State of one Gated DeltaNet layer: last inputs of the convolution, and the matrix memory."""
+
+    def __init__(self, config: TextConfig, batch: int) -> None:
+        self.taps = config.linear_conv_kernel_dim
+        self.conv: mx.array | None = None  # [B, taps - 1, conv_dim], type of the activations
+        shape = (config.linear_num_value_heads, config.linear_key_head_dim)
+        self.memory = mx.zeros((batch, *shape, config.linear_value_head_dim))  # f32
+
+    def window(self, u: mx.array) -> mx.array:
+        """The last inputs followed by `u [B, T, conv_dim]`; remembers its last ones."""
+        if self.conv is None:
+            self.conv = mx.zeros((u.shape[0], self.taps - 1, u.shape[2]), u.dtype)
+        window = mx.concatenate([self.conv, u], axis=1)
+        # A copy: a slice would keep the whole prompt's window alive.
+        self.conv = mx.contiguous(window[:, -(self.taps - 1) :])
+        return window
+
+    def arrays(self) -> list[mx.array]:
+        return [self.memory] if self.conv is None else [self.conv, self.memory]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A point in a conversation: how many tokens were read, and the small recurrent states."""
+
+    length: int
+    deltas: tuple[tuple[mx.array | None, mx.array], ...]
+
+
+class Cache:
+    """All layers' states for `batch` sequences; `length` counts the tokens read."""
+
+    def __init__(self, config: TextConfig, batch: int = 1) -> None:
+        self.states = [
+            KVState() if full else DeltaState(config, batch) for full in config.is_full_attention
+        ]
+        self.length = 0
+
+    def snapshot(self) -> Snapshot:
+        """Remember this point. KV is append-only, so its length is enough; states are kept."""
+        deltas = [(s.conv, s.memory) for s in self.states if isinstance(s, DeltaState)]
+        return Snapshot(self.length, tuple(deltas))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to `snapshot`, which must be of this cache and not ahead of it."""
+        if snapshot.length > self.length:
+            raise ValueError(f"snapshot at {snapshot.length} tokens; cache has {self.length}")
+        deltas = iter(snapshot.deltas)
+        for state in self.states:
+            if isinstance(state, DeltaState):
+                state.conv, state.memory = next(deltas)
+            else:
+                state.length = snapshot.length
+        self.length = snapshot.length
+
+    def arrays(self) -> list[mx.array]:
+        """Every array held, to be evaluated together with the tokens that made it."""
+        return [a for state in self.states for a in state.arrays()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays())

@@ -1,0 +1,1 @@
+"""One file per layer type. Attribute names equal the checkpoint's tensor names."""

@@ -1,0 +1,44 @@
+"""Full attention with an output gate per head and rotary positions on a quarter of each head."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cache import KVState
+from ..config import TextConfig
+from ..kernels.attention import attention
+from ..kernels.fused import sigmoid_gate
+from .norm import RMSNorm
+from .rope import Rotation
+
+
+class Attention(nn.Module):
+    """Gated attention. Source: transformers `Qwen3_5Attention`.
+
+    `q_proj` rows are, per head, D query rows then D gate rows. q and k are normalised before
+    the rotation; gate and v are not.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        D, hidden = config.head_dim, config.hidden_size
+        self.q_proj = nn.Linear(hidden, 2 * D * self.heads, bias=False)
+        self.k_proj = nn.Linear(hidden, D * self.kv_heads, bias=False)
+        self.v_proj = nn.Linear(hidden, D * self.kv_heads, bias=False)
+        self.o_proj = nn.Linear(D * self.heads, hidden, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps)
+        self.k_norm = RMSNorm(D, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, rotation: Rotation, state: KVState) -> mx.array:
+        """x: `[B, T, hidden]`; the new keys and values are appended to `state`."""
+        B, T, _ = x.shape
+        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.heads, -1), 2, axis=-1)
+        k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        q = rotation(self.q_norm(q).swapaxes(1, 2))
+        k = rotation(self.k_norm(k).swapaxes(1, 2))
+        keys, values = state.append(k, v.swapaxes(1, 2))
+        out = attention(q, keys, values, self.head_dim**-0.5, causal=True)
+        out = out.swapaxes(1, 2).reshape(B, T, -1)
+        return self.o_proj(sigmoid_gate(out, gate.reshape(B, T, -1)))

@@ -1,0 +1,39 @@
+"""One layer of the language model: a mixer and a feed-forward block, each on a normalised input."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cache import DeltaState, KVState
+from ..config import TextConfig
+from .attention import Attention
+from .deltanet import GatedDeltaNet
+from .mlp import MLP
+from .moe import SparseMLP
+from .norm import RMSNorm
+from .rope import Rotation
+
+
+class DecoderLayer(nn.Module):
+    """Source: transformers `Qwen3_5DecoderLayer`."""
+
+    def __init__(self, config: TextConfig, is_full_attention: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if is_full_attention:
+            self.self_attn = Attention(config)
+        else:
+            self.linear_attn = GatedDeltaNet(config)
+        if config.num_experts:
+            self.mlp: nn.Module = SparseMLP(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x: mx.array, rotation: Rotation, state: KVState | DeltaState) -> mx.array:
+        """x: `[B, T, hidden]`; `state` is this layer's own and moves on by T tokens."""
+        normed = self.input_layernorm(x)
+        if isinstance(state, KVState):
+            x = x + self.self_attn(normed, rotation, state)
+        else:
+            x = x + self.linear_attn(normed, state)
+        return x + self.mlp(self.post_attention_layernorm(x))
