@@ -1,0 +1,286 @@
+"""A folder of safetensors as named arrays in this project's layout, whichever layout it declares.
+
+Names in here are those of the published checkpoints (`model.language_model.layers.0...`), with two
+additions: expert stacks end in `.weight`, and packed matrices have `.scales` and `.biases`.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from .errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+HEADER_BYTES = 256 << 20
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
+    "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+READABLE = ("BF16", "F16", "F32", "U32", "U8")
+# Zero-centred in Hugging Face folders: the factor is 1 + w. The gated norm and the tower's are not.
+ZERO_CENTRED = re.compile(
+    r"(input_layernorm|post_attention_layernorm|q_norm|k_norm|language_model\.norm|mtp\.norm"
+    r"|pre_fc_norm_embedding|pre_fc_norm_hidden)\.weight$"
+)
+KEPT_F32 = re.compile(r"(linear_attn\.(A_log|dt_bias|norm\.weight|conv1d\.weight))$")
+LOOSE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor, as the safetensors header describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the folder, from headers alone.
+
+    Raises: ModelError for a missing shard, a broken index or header, a truncated file.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise ModelError(
+                f"{folder}: no model.safetensors and no {INDEX}; expected the weights of a model. "
+                "Download the folder again."
+            )
+        return header(single)
+    weight_map = _weight_map(index)
+    found: dict[str, Entry] = {}
+    for name in sorted(set(weight_map.values())):
+        stored = header(folder / name)
+        wanted = {tensor for tensor, file in weight_map.items() if file == name}
+        for tensor in sorted(wanted - stored.keys()):
+            raise ModelError(
+                f"{folder / name}: no tensor {tensor}; {INDEX} expects it there. "
+                "Download the folder again."
+            )
+        for tensor in sorted(stored.keys() - wanted):
+            raise ModelError(
+                f"{folder / name}: holds {tensor}, which {INDEX} does not list for it. "
+                "Download the folder again."
+            )
+        found |= stored
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        items = list(weight_map.items())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ModelError(
+            f"{index}: not an index; expected JSON with a weight_map. Download it again."
+        ) from None
+    for tensor, name in items:
+        # A plain name: an index must not lead out of the folder it lies in.
+        plain = isinstance(name, str) and re.fullmatch(r"[\w][\w.\-]*\.safetensors", name)
+        if not plain:
+            raise ModelError(
+                f"{index}: {tensor} lies in {name!r}; expected a .safetensors file of this folder."
+            )
+        if not (index.parent / name).is_file():
+            raise ModelError(
+                f"{index.parent}: {name} is missing; {INDEX} names it. Download the folder again."
+            )
+    return dict(items)
+
+
+def header(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, checked against the file's length.
+
+    Raises: ModelError naming the file and what is wrong.
+    """
+
+    def broken(what: str) -> ModelError:
+        return ModelError(f"{path}: {what}. The file is damaged; download it again.")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(HEADER_BYTES, size - 8):
+                raise broken(f"{size} bytes with a header of {length}; expected safetensors")
+            values = json.loads(file.read(length))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}; expected a readable file.") from None
+    except (ValueError, RecursionError):
+        raise broken("its header is not JSON") from None
+    if not isinstance(values, dict):
+        raise broken("its header is not a JSON object")
+    found: dict[str, Entry] = {}
+    end = 0
+    for name, value in values.items():
+        if name == "__metadata__":
+            continue
+        try:
+            begin, stop = value["data_offsets"]
+            shape = tuple(int(n) for n in value["shape"])
+            dtype = value["dtype"]
+            nbytes = ITEM_BYTES[dtype]
+        except (KeyError, TypeError, ValueError):
+            raise broken(f"{name} has no usable dtype, shape and offsets") from None
+        for n in shape:
+            nbytes *= n
+        if min(shape, default=0) < 0 or begin < 0 or stop - begin != nbytes:
+            raise broken(f"{name} spans {stop - begin} bytes; its shape needs {nbytes}")
+        end = max(end, stop)
+        found[name] = Entry(path, dtype, shape, nbytes)
+    if end != size - 8 - length:
+        raise broken(f"holds {size} bytes; its header describes {8 + length + end}")
+    return found
+
+
+def is_mlx(stored: Mapping[str, Entry], folder: Path) -> bool:
+    """True for mlx-community's names, False for Hugging Face's; they fix how norms are stored."""
+    if any(name.startswith("language_model.") for name in stored):
+        return True
+    if any(name.startswith(("model.language_model.", "model.layers.")) for name in stored):
+        return False
+    example = next(iter(stored), "no tensor at all")
+    raise ModelError(
+        f"{folder}: weights are named like {example!r}; expected model.language_model.* "
+        "(Hugging Face) or language_model.model.* (mlx-community)."
+    )
+
+
+def read(folder: Path, stored: Mapping[str, Entry], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Lazy arrays by name, matrices in `dtype`, norms whole (1 + w) and in f32.
+
+    stored: what `entries` found. MTP tensors of an mlx-community folder are left out: nothing in
+    such a folder declares whether its norms include the 1.
+    Raises: ModelError for a dtype this runtime does not read.
+    """
+    for name, entry in stored.items():
+        if entry.dtype not in READABLE:
+            raise ModelError(
+                f"{entry.file}: {name} is {entry.dtype}; expected one of {', '.join(READABLE)}. "
+                "Convert the folder first."
+            )
+    raw: dict[str, mx.array] = {}
+    for file in sorted({entry.file for entry in stored.values()}):
+        raw |= mx.load(str(file))
+    arrays = _from_mlx(raw) if is_mlx(stored, folder) else _from_hugging_face(raw)
+    return {name: _typed(name, value, dtype) for name, value in arrays.items()}
+
+
+def _from_hugging_face(raw: dict[str, mx.array]) -> dict[str, mx.array]:
+    arrays = {}
+    for name, value in _stacked(raw).items():
+        if name.startswith("model.") and not name.startswith(("model.language", "model.visual")):
+            name = "model.language_model." + name.removeprefix("model.")  # a text-only folder
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            name += ".weight"
+        elif name.endswith("conv1d.weight"):
+            value = value.squeeze(1).T
+        elif name.endswith("patch_embed.proj.weight"):
+            value = value.reshape(value.shape[0], -1)
+        elif ZERO_CENTRED.search(name):
+            value = value.astype(mx.float32) + 1
+        arrays[name] = value
+    return arrays
+
+
+def _stacked(raw: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Loose experts joined as `gate_up_proj [E, 2 Im, H]` and `down_proj [E, H, Im]`."""
+    arrays: dict[str, mx.array] = {}
+    loose: dict[str, dict[tuple[int, str], mx.array]] = {}
+    for name, value in raw.items():
+        match = LOOSE_EXPERT.match(name)
+        if match:
+            loose.setdefault(match[1], {})[int(match[2]), match[3]] = value
+        else:
+            arrays[name] = value
+    for prefix, parts in loose.items():
+        count = 1 + max(expert for expert, _ in parts)
+        for expert in range(count):
+            for kind in ("gate", "up", "down"):
+                if (expert, kind) not in parts:
+                    raise ModelError(f"{prefix}.{expert}.{kind}_proj.weight is missing.")
+        both = [mx.concatenate([parts[e, "gate"], parts[e, "up"]]) for e in range(count)]
+        arrays[f"{prefix}.gate_up_proj"] = mx.stack(both)
+        arrays[f"{prefix}.down_proj"] = mx.stack([parts[e, "down"] for e in range(count)])
+    return arrays
+
+
+def _from_mlx(raw: dict[str, mx.array]) -> dict[str, mx.array]:
+    arrays: dict[str, mx.array] = {}
+    for name, value in raw.items():
+        if name.startswith(("mtp.", "language_model.mtp.")):
+            continue
+        name = from_mlx_name(name)
+        if name.endswith("conv1d.weight"):
+            value = value.squeeze(-1).T
+        elif name.endswith("patch_embed.proj.weight"):
+            value = value.transpose(0, 4, 1, 2, 3).reshape(value.shape[0], -1)
+        arrays[name] = value
+    for name in [n for n in arrays if ".switch_mlp.gate_proj." in n]:
+        up = name.replace("gate_proj", "up_proj")
+        pair = [arrays.pop(name), arrays.pop(up, None)]
+        if pair[1] is None or pair[0].shape != pair[1].shape:
+            raise ModelError(
+                f"{name} and its up_proj differ in shape or one is missing; "
+                "expected both packed alike. Convert the model again."
+            )
+        joined = name.replace("switch_mlp.gate_proj", "experts.gate_up_proj")
+        arrays[joined] = mx.concatenate(pair, axis=1)
+    return {n.replace("switch_mlp.down_proj", "experts.down_proj"): v for n, v in arrays.items()}
+
+
+def from_mlx_name(name: str) -> str:
+    """mlx-community's name of a tensor or module as the published checkpoints spell it."""
+    for theirs, ours in (
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head", "lm_head"),
+        ("vision_tower.", "model.visual."),
+    ):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _typed(name: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
+    if value.dtype in (mx.uint32, mx.uint8):
+        return value
+    whole = ZERO_CENTRED.search(name) or KEPT_F32.search(name)
+    return value.astype(mx.float32 if whole else dtype)
+
+
+def evaluate(
+    arrays: Mapping[str, mx.array], progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Read all arrays from disk now: a lazy array can only be evaluated in the thread it came from.
+
+    progress: called with bytes done and bytes in all.
+    """
+    total = sum(a.nbytes for a in arrays.values())
+    done = 0
+    for batch in _batches(list(arrays.values()), 512 << 20):
+        mx.eval(batch)
+        done += sum(a.nbytes for a in batch)
+        if progress:
+            progress(done, total)
+
+
+def _batches(arrays: list[mx.array], limit: int) -> Iterator[list[mx.array]]:
+    batch: list[mx.array] = []
+    size = 0
+    for array in arrays:
+        batch.append(array)
+        size += array.nbytes
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

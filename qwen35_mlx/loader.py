@@ -1,0 +1,143 @@
+"""A model folder as a ready network: shapes checked against config.json, weights in memory."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import checkpoint, family, memory
+from .config import Config, Format, Quantization
+from .errors import ModelError
+from .layers.moe import GroupedLinear
+from .model import Model
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+
+def load(
+    folder: Path,
+    config: Config,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Read, check and evaluate every weight of `folder`.
+
+    dtype: of matrices and activations; the folder's own when None. progress: bytes done, in all.
+    Raises: ModelError naming a missing, extra or misshapen tensor; OutOfMemory before reading.
+    """
+    stored = checkpoint.entries(folder)
+    dtype = dtype or DTYPES.get(config.dtype, mx.bfloat16)
+    _require_memory(folder, config, stored, dtype)
+    arrays = checkpoint.read(folder, stored, dtype)
+    model = Model(
+        config,
+        has_vision=any(name.startswith("model.visual.") for name in arrays),
+        has_mtp=any(name.startswith("mtp.") for name in arrays),
+        dtype=dtype,
+    )
+    _pack(model, arrays, config.quantization, folder)
+    _compare(model, arrays, folder)
+    checkpoint.evaluate(arrays, progress)
+    model.load_weights(list(arrays.items()))
+    return model
+
+
+def _require_memory(
+    folder: Path, config: Config, stored: Mapping[str, checkpoint.Entry], dtype: mx.Dtype
+) -> None:
+    widths = {"BF16": dtype.size, "F16": dtype.size, "F32": dtype.size}
+    needed = sum(
+        entry.nbytes * widths.get(entry.dtype, 1) // (checkpoint.ITEM_BYTES[entry.dtype])
+        if entry.dtype in widths
+        else entry.nbytes
+        for entry in stored.values()
+    )
+    needed += memory.state_bytes(config.text)
+    memory.require(needed, f"{folder}", family.fits_advice(memory.available()))
+
+
+def _pack(
+    model: Model, arrays: Mapping[str, mx.array], packing: Quantization | None, folder: Path
+) -> None:
+    """Replace each module whose weights are packed. Packed means: the folder has its `.scales`."""
+    modules = dict(model.named_modules())
+    formats = _by_our_names(packing)
+    for name in arrays:
+        path, dot, last = name.rpartition(".")
+        if last != "scales" or not dot:
+            continue
+        if packing is None:
+            raise ModelError(
+                f"{folder}: {path} is packed; config.json declares no quantization. "
+                "Download the folder again."
+            )
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
+            raise ModelError(f"{folder}: {name} packs nothing this model has. Convert it again.")
+        declared = formats.get(path) or packing.default
+        found = _measured(arrays, path, module.weight.shape[-1], declared, folder)
+        _replace(model, path, module, found)
+
+
+def _by_our_names(packing: Quantization | None) -> dict[str, Format | None]:
+    """The folder's per-module exceptions under this project's module paths."""
+    if packing is None:
+        return {}
+    named = {checkpoint.from_mlx_name(path): f for path, f in packing.overrides.items()}
+    return {
+        path.replace("switch_mlp.gate_proj", "experts.gate_up_proj").replace(
+            "switch_mlp.down_proj", "experts.down_proj"
+        ): f
+        for path, f in named.items()
+    }
+
+
+def _measured(
+    arrays: Mapping[str, mx.array], path: str, columns: int, declared: Format, folder: Path
+) -> Format:
+    """Bits and group size as the packed widths have them; the configuration may omit overrides."""
+    weight, scales = arrays.get(f"{path}.weight"), arrays[f"{path}.scales"]
+    if weight is None or weight.dtype != mx.uint32:
+        raise ModelError(f"{folder}: {path}.scales without packed weights. Convert it again.")
+    bits, bits_left = divmod(32 * weight.shape[-1], columns)
+    group, group_left = divmod(columns, max(scales.shape[-1], 1))
+    if bits_left or group_left or bits not in (2, 3, 4, 5, 6, 8) or group not in (16, 32, 64, 128):
+        raise ModelError(
+            f"{folder}: {path}.weight {weight.shape} with scales {scales.shape}; "
+            f"no packing of {columns} columns has these widths. Convert the folder again."
+        )
+    return Format(declared.mode, bits, group)
+
+
+def _replace(model: Model, path: str, module: nn.Module, packing: Format) -> None:
+    if isinstance(module, GroupedLinear):
+        module.pack(packing)
+        return
+    packed = module.to_quantized(packing.group_size, packing.bits, packing.mode)
+    parent, _, attribute = path.rpartition(".")
+    owner = model
+    for part in parent.split(".") if parent else []:
+        owner = owner[int(part)] if isinstance(owner, list) else getattr(owner, part)
+    setattr(owner, attribute, packed)
+
+
+def _compare(model: Model, arrays: Mapping[str, mx.array], folder: Path) -> None:
+    expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    for name in sorted(expected.keys() - arrays.keys()):
+        raise ModelError(
+            f"{folder}: {name} is missing; expected a tensor of shape {expected[name]}. "
+            "Download or convert the folder again."
+        )
+    for name in sorted(arrays.keys() - expected.keys()):
+        raise ModelError(
+            f"{folder}: {name} {arrays[name].shape} belongs to no part of the model that "
+            "config.json describes; expected no such tensor. Check that both are of one model."
+        )
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise ModelError(
+                f"{folder}: {name} has shape {arrays[name].shape}; config.json expects {shape}. "
+                "Check that both are of one model."
+            )
