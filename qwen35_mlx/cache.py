@@ -82,6 +82,7 @@ class Cache:
             KVState() if full else DeltaState(config, batch) for full in config.is_full_attention
         ]
         self.length = 0
+        mx.eval(self.arrays())  # a lazy array would bind the cache to this thread
 
     def snapshot(self) -> Snapshot:
         """Remember this point. KV is append-only, so its length is enough; states are kept."""
