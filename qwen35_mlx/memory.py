@@ -13,7 +13,7 @@ GB = 1e9
 def available() -> int:
     """Bytes this process may still use: of the GPU's working set, or of free memory."""
     if mx.metal.is_available():
-        limit = int(mx.device_info()["max_recommended_working_set_size"])
+        limit = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
         return limit - mx.get_active_memory()
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
