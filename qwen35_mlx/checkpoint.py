@@ -170,9 +170,15 @@ def read(folder: Path, stored: Mapping[str, Entry], dtype: mx.Dtype) -> dict[str
             )
     raw: dict[str, mx.array] = {}
     for file in sorted({entry.file for entry in stored.values()}):
-        raw |= mx.load(str(file))
+        raw |= _lazy(file)
     arrays = _from_mlx(raw) if is_mlx(stored, folder) else _from_hugging_face(raw)
     return {name: _typed(name, value, dtype) for name, value in arrays.items()}
+
+
+def _lazy(file: Path) -> dict[str, mx.array]:
+    arrays = mx.load(str(file), format="safetensors")
+    assert isinstance(arrays, dict)
+    return arrays
 
 
 def _from_hugging_face(raw: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -226,15 +232,14 @@ def _from_mlx(raw: dict[str, mx.array]) -> dict[str, mx.array]:
             value = value.transpose(0, 4, 1, 2, 3).reshape(value.shape[0], -1)
         arrays[name] = value
     for name in [n for n in arrays if ".switch_mlp.gate_proj." in n]:
-        up = name.replace("gate_proj", "up_proj")
-        pair = [arrays.pop(name), arrays.pop(up, None)]
-        if pair[1] is None or pair[0].shape != pair[1].shape:
+        gate, up = arrays.pop(name), arrays.pop(name.replace("gate_proj", "up_proj"), None)
+        if up is None or gate.shape != up.shape:
             raise ModelError(
                 f"{name} and its up_proj differ in shape or one is missing; "
                 "expected both packed alike. Convert the model again."
             )
         joined = name.replace("switch_mlp.gate_proj", "experts.gate_up_proj")
-        arrays[joined] = mx.concatenate(pair, axis=1)
+        arrays[joined] = mx.concatenate([gate, up], axis=1)
     return {n.replace("switch_mlp.down_proj", "experts.down_proj"): v for n, v in arrays.items()}
 
 

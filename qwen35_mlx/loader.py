@@ -124,7 +124,7 @@ def _replace(model: Model, path: str, module: nn.Module, packing: Format) -> Non
 
 
 def _compare(model: Model, arrays: Mapping[str, mx.array], folder: Path) -> None:
-    expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    expected = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
     for name in sorted(expected.keys() - arrays.keys()):
         raise ModelError(
             f"{folder}: {name} is missing; expected a tensor of shape {expected[name]}. "

@@ -1,12 +1,11 @@
 """The preprocessing settings of a model folder, checked: what pictures and clips have in common."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .source import one_line
+from .files import Section, read_json
 
 
 def read_settings(folder: Path, name: str, section: str) -> tuple[dict[str, Any], str]:
@@ -18,17 +17,9 @@ def read_settings(folder: Path, name: str, section: str) -> tuple[dict[str, Any]
     for path, part in ((folder / name, None), (folder / "processor_config.json", section)):
         if not path.is_file():
             continue
-        try:
-            values = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{path}: {one_line(error)}; a JSON object was expected. Download it again."
-            ) from None
-        if part is not None and isinstance(values, dict):
-            values = values.get(part, {})
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            raise ModelError(f"{path}: {kind}; a JSON object was expected. Download it again.")
+        values = read_json(path)
+        if part is not None:
+            values = Section(values.get(part, {}), f"{path}: {part}").values
         return values, str(path)
     return {}, str(folder / name)
 

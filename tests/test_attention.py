@@ -33,8 +33,8 @@ def test_agrees_with_the_definition(
     draw = np.random.default_rng(T)
     q = draw.normal(size=(2, 6, T, 32))
     k, v = draw.normal(size=(2, 2, 3, 45, 32))
-    arrays = [mx.array(a.astype(np.float32)) for a in (q, k, v)]
-    found = np.array(attention(*arrays, scale=0.3, causal=causal))
+    Q, K, V = (mx.array(a.astype(np.float32)) for a in (q, k, v))
+    found = np.array(attention(Q, K, V, 0.3, causal))
     wanted = definition(q, k, v, 0.3, causal)
     assert found.shape == wanted.shape
     assert np.linalg.norm(found - wanted) < TOLERANCE * np.linalg.norm(wanted)

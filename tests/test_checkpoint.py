@@ -95,12 +95,17 @@ def _unpacked(packed: Path, block: dict) -> Path:
     (folder / "config.json").write_text(json.dumps(values))
     arrays: dict[str, mx.array] = {}
     for file in packed.glob("*.safetensors"):
-        arrays |= mx.load(str(file))
+        arrays |= checkpoint._lazy(file)
     for name in [n for n in arrays if n.endswith(".scales")]:
         path = name.removesuffix(".scales")
         how = block.get(path, {k: block[k] for k in ("group_size", "bits", "mode")})
-        parts = [arrays.pop(f"{path}.weight"), arrays.pop(name), arrays.pop(f"{path}.biases", None)]
-        arrays[f"{path}.weight"] = mx.dequantize(*parts, **how).astype(mx.float32)
+        weight = mx.dequantize(
+            arrays.pop(f"{path}.weight"),
+            arrays.pop(name),
+            arrays.pop(f"{path}.biases", None),
+            **how,
+        )
+        arrays[f"{path}.weight"] = weight.astype(mx.float32)
     mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     return folder
 

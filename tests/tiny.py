@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+
 from tiny_shapes import BASE_VOCAB, CONFIGS, TOKEN_ID, shapes
 
 __all__ = ["BASE_VOCAB", "CASES", "CONFIGS", "TOKEN_ID", "Case", "Medium", "case", "draw", "write"]
@@ -29,8 +30,8 @@ def raw(name: str, count: int, seed: int = 0) -> np.ndarray:
 def normal(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """`shape` float64, mean 0, deviation 1: the sum of the four 16-bit quarters of each draw."""
     draws = raw(name, int(np.prod(shape)), seed)
-    quarters = sum((draws >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48))
-    centred = quarters.astype(np.int64) - 2 * 0xFFFF
+    quarters = [(draws >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)]
+    centred = np.sum(quarters, axis=0).astype(np.int64) - 2 * 0xFFFF
     return (centred * (np.sqrt(3.0) / 65536)).reshape(shape)
 
 
@@ -148,7 +149,7 @@ def _array(values: np.ndarray, dtype: str) -> mx.array:
 def _save(folder: Path, arrays: dict[str, mx.array], shards: int, format_name: str) -> None:
     names = sorted(arrays)
     parts = [names[i::shards] for i in range(shards)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         file = (
             "model.safetensors"

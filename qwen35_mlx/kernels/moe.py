@@ -47,14 +47,13 @@ class Packed:
         if self.scales is None:
             weight = self.weight.swapaxes(-1, -2).astype(kind)
             return mx.gather_mm(x, weight, rhs_indices=chosen, sorted_indices=is_sorted)
-        floats = (
-            a if a is None or a.dtype == mx.uint8 else a.astype(kind)
-            for a in (self.scales, self.biases)
-        )
+        # Scales of the float formats are bytes without biases; only affine ones follow x.
+        affine = self.biases is not None
         return mx.gather_qmm(
             x,
             self.weight,
-            *floats,
+            self.scales.astype(kind) if affine else self.scales,
+            self.biases.astype(kind) if self.biases is not None else None,
             rhs_indices=chosen,
             transpose=True,
             group_size=self.group_size,
