@@ -25,9 +25,7 @@ def test_each_size_parses_to_its_shapes(size: family.Size) -> None:
     assert found.text.hidden_size == size.hidden_size
     assert found.text.num_hidden_layers == size.num_hidden_layers
     assert found.text.num_experts == size.num_experts
-    assert found.text.is_full_attention == tuple(
-        i % 4 == 3 for i in range(size.num_hidden_layers)
-    )
+    assert found.text.is_full_attention == tuple(i % 4 == 3 for i in range(size.num_hidden_layers))
     assert found.text.head_dim == 256 and found.text.rope.rotary_dim == 64
     assert found.vision is not None and found.vision.out_hidden_size == size.hidden_size
     assert found.text.mtp_num_hidden_layers == 1

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from goldens.make_pixels import PICTURES, chosen, draw
 from PIL import Image
 
+from goldens.make_pixels import PICTURES, chosen, draw
 from qwen35_mlx import image as pictures
 from qwen35_mlx import source as sources
 from qwen35_mlx.errors import InputError, ModelError

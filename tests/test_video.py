@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from goldens.make_pixels import CLIPS, chosen, draw, lengths
 from PIL import Image
 
+from goldens.make_pixels import CLIPS, chosen, draw, lengths
 from qwen35_mlx import image as pictures
 from qwen35_mlx.errors import InputError, ModelError
 from qwen35_mlx.image import ImageProcessor
