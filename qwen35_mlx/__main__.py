@@ -1,0 +1,37 @@
+"""`qwen35-mlx COMMAND`, `python -m qwen35_mlx COMMAND`. A command is imported when used."""
+
+import sys
+from importlib import import_module
+
+from . import __version__
+
+COMMANDS = {
+    "generate": ("qwen35_mlx.generate", "Ask one question, with pictures and videos."),
+}
+
+
+def main() -> None:
+    """Run the command named first; without one, list them."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        import_module(COMMANDS[name][0]).main(rest, f"qwen35-mlx {name}")
+    elif name in ("--help", "-h"):
+        print(_usage())
+    elif name == "--version":
+        print(f"qwen35-mlx {__version__}")
+    else:
+        known = ", ".join(COMMANDS)
+        print(f"error: no command {name!r}; expected one of: {known}.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items())
+    return (
+        f"Usage: qwen35-mlx COMMAND ...\n\nCommands:\n{rows}\n\n`COMMAND --help` tells its options."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""`python -m qwen35_mlx.generate`: options in, streamed text out. README.md lists exit codes."""
+
+import json
+import os
+import sys
+import threading
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import terminal
+from .errors import Cancelled, InputError, OutOfMemory
+from .terminal import gigabytes, note
+
+if TYPE_CHECKING:
+    from .api import Finish, Prompt, Qwen35
+    from .hub import Choice
+
+DEFAULT_MODEL, SMALL_MODEL = "4b", "0.8b"
+SMALL_MEMORY = 8_000_000_000  # bytes of memory below which SMALL_MODEL is the default
+MEDIA = ("--image", "--video")
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options as typed; `media` holds ("image" or "video", source) in the order typed."""
+
+    model: str | None
+    prompt: str | None
+    system: str | None
+    media: tuple[tuple[str, str], ...]
+    fps: float | None
+    thinking: bool | None
+    tools: str | None
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    json: bool
+    quiet: bool
+    dtype: str | None
+    sampling: dict[str, Any]  # only what was given
+
+
+class Command(click.Command):
+    """A click command that remembers the order of --image and --video, and groups its help."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # click keeps one list per option; which came first is only in the arguments.
+        ctx.meta["media"] = [name for arg in args if (name := arg.split("=", 1)[0]) in MEDIA]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Options": [], "Sampling": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups["Sampling" if parameter.name in SAMPLING else "Options"].append(record)
+        groups["Sampling (default: as recommended for the size and mode)"] = groups.pop("Sampling")
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records, col_max=36)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        typed = '--model 4b --image photo.jpg --prompt "What is this?"'
+        formatter.write(f"\nExample:\n  {ctx.command_path} {typed}\n")
+
+
+@click.command(cls=Command, context_settings={"max_content_width": 100})
+@click.option(
+    "-m", "--model", metavar="NAME", help="Folder, Hub id, or size: 0.8b 2b 4b (default) 9b ..."
+)
+@click.option("-p", "--prompt", metavar="TEXT", help="The question; - or none reads it from stdin.")
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--image", multiple=True, metavar="FILE", help="Picture: file or URL. Repeatable.")
+@click.option("--video", multiple=True, metavar="PATH", help="Video: file, GIF, folder of frames.")
+@click.option(
+    "--fps", type=float, metavar="N", help="Frames per second; a folder does not know its own."
+)
+@click.option("--thinking/--no-thinking", default=None, help="Reason first? Default: the model's.")
+@click.option("--tools", metavar="FILE", help="JSON list of tools in OpenAI's form.")
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N tokens.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON event per line.")
+@click.option("-q", "--quiet", is_flag=True, help="The answer only: no reasoning, bar or figures.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    metavar="TYPE",
+    help="Activations: bfloat16, float16, float32.",
+)
+@click.option("--temperature", type=float, metavar="X", help="0 always takes the likeliest token.")
+@click.option("--top-p", type=float, metavar="X", help="Keep the likeliest tokens up to this sum.")
+@click.option("--top-k", type=int, metavar="N", help="Keep the N likeliest tokens.")
+@click.option("--min-p", type=float, metavar="X", help="Drop tokens below X times the likeliest.")
+@click.option("--presence-penalty", type=float, metavar="X", help="Against words already said.")
+@click.option("--repetition-penalty", type=float, metavar="X", help="The same, by a factor.")
+@click.option("--seed", type=int, metavar="N", help="Repeat the same random choices.")
+@click.pass_context
+def command(ctx: click.Context, /, **given: Any) -> int:
+    """Ask Qwen3.5 one question, with pictures and videos if you like.
+
+    The answer goes to stdout as it is made. Reasoning is dimmed on a terminal, and goes to stderr
+    when stdout is a file or pipe. Speed and memory are said on stderr at the end.
+    """
+    images, videos = list(given.pop("image")), list(given.pop("video"))
+    order: list[str] = ctx.meta["media"]
+    if order.count("--image") != len(images) or order.count("--video") != len(videos):
+        # Some option's value looks like one of ours ("--prompt --image"): take pictures first.
+        order = ["--image"] * len(images) + ["--video"] * len(videos)
+    media = tuple(
+        (name.lstrip("-"), (images if name == "--image" else videos).pop(0)) for name in order
+    )
+    sampling = {key: value for key in SAMPLING if (value := given.pop(key)) is not None}
+    return run(Request(media=media, sampling=sampling, json=given.pop("as_json"), **given))
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m qwen35_mlx.generate") -> None:
+    """Run the command and exit the process; `argv` without the program's name."""
+    sys.exit(terminal.guarded(command, sys.argv[1:] if argv is None else argv, prog))
+
+
+def run(request: Request) -> int:
+    """Answer one request. Returns the exit code.
+
+    Raises: Qwen35Error for what the user can mend; KeyboardInterrupt before anything was said.
+    """
+    # What is cheap to check is checked before the weights are read or fetched.
+    from .sampling import Sampling
+
+    Sampling(**request.sampling)
+    messages = _messages(request)
+    tools = _tools(request.tools)
+    bar = terminal.Bar(not request.quiet and sys.stderr.isatty())
+    stage = terminal.Stage(bar)
+    try:
+        model, folder = _load(request, stage)
+        typed_urls = any(_is_url(source) for _, source in request.media)
+        stage.enter("prompt")
+        prompt = model.prompt(messages, tools, request.thinking, allow_url=typed_urls)
+        return _stream(request, model, folder, prompt, stage)
+    except KeyboardInterrupt:
+        bar.close()
+        if not request.quiet:
+            note(stage.interrupted())
+        return terminal.INTERRUPTED
+    finally:
+        bar.close()
+
+
+def _load(request: Request, stage: terminal.Stage) -> "tuple[Qwen35, str]":
+    """The model, and the folder or repository it came from; says so when it was not typed."""
+    import mlx.core as mx
+
+    from . import api, hub
+
+    choice = hub.resolve(request.model or _default_model())
+    if not request.quiet:
+        _say_choice(request, choice)
+    if choice.folder is None:
+        _refuse_oversize(choice)
+        stage.enter("download")
+        with terminal.leaving_at_once(request.quiet):
+            folder = hub.download(choice, lambda d, t: stage.report("download", d, t))
+    else:
+        folder = choice.folder
+    stage.enter("load")
+    dtype = getattr(mx, request.dtype) if request.dtype else None
+    model = api.load(folder, dtype=dtype, progress=lambda p: stage.report(p.stage, p.done, p.total))
+    return model, str(folder)
+
+
+def _default_model() -> str:
+    return DEFAULT_MODEL if _memory() >= SMALL_MEMORY else SMALL_MODEL
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory; macOS and Linux both answer."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _say_choice(request: Request, choice: "Choice") -> None:
+    chosen = "" if request.model else f"no --model given, so {choice.name}: "
+    if choice.folder is None:
+        note(
+            f"{chosen}{choice.repo} ({choice.why}), {gigabytes(choice.bytes)} to download, "
+            f"{gigabytes(choice.free)} free in {choice.cache}"
+        )
+    elif choice.why != "local folder":
+        note(f"{chosen}{choice.folder} ({choice.why})")
+
+
+def _refuse_oversize(choice: "Choice") -> None:
+    from . import family
+
+    if choice.total_bytes > _memory():
+        raise OutOfMemory(
+            f"{choice.repo}: its weights are {gigabytes(choice.total_bytes)}; this machine has "
+            f"{gigabytes(_memory())} of memory. {family.fits_advice(_memory())}"
+        )
+
+
+def _messages(request: Request) -> list[dict[str, Any]]:
+    """The conversation to be continued, in OpenAI's form."""
+    text = _prompt_text(request.prompt)
+    parts: list[dict[str, Any]] = []
+    for kind, source in request.media:
+        is_file = not _is_url(source) and not source.startswith("data:")
+        if is_file and not os.path.exists(source):  # Path.exists raises for a very long name
+            raise InputError(f"--{kind} {source}: no such file. Check the path.")
+        part: dict[str, Any] = {"type": kind, kind: source}
+        if kind == "video" and request.fps is not None:
+            part["fps"] = request.fps
+        parts.append(part)
+    content = [*parts, {"type": "text", "text": text}] if parts else text
+    system = [{"role": "system", "content": _valid(request.system, "--system")}]
+    return (system if request.system else []) + [{"role": "user", "content": content}]
+
+
+def _prompt_text(given: str | None) -> str:
+    from_stdin = given is None or given == "-"
+    if from_stdin and (sys.stdin is None or (given is None and sys.stdin.isatty())):
+        raise InputError('no prompt; expected --prompt TEXT, or text on stdin. Add --prompt "...".')
+    if not from_stdin:
+        text, where = _valid(given, "--prompt"), "--prompt"
+    else:
+        if sys.stdin.isatty():
+            note("type the prompt, then Ctrl-D on a line of its own")
+        text, where = _decoded(sys.stdin.buffer.read()), "stdin"
+    if not text.strip():
+        raise InputError(f"{where}: the prompt is empty; expected a question. Write one.")
+    return text
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"stdin: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8; "
+            "expected UTF-8 text. Convert it first, for example with iconv."
+        ) from None
+
+
+def _valid(text: str | None, where: str) -> str:
+    """Arguments that were no UTF-8 arrive with lone surrogates in them."""
+    text = text or ""
+    if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+        raise InputError(f"{where}: is not UTF-8; expected UTF-8 text. Convert it first.")
+    return text
+
+
+def _is_url(source: str) -> bool:
+    return source.lower().startswith(("http://", "https://"))
+
+
+def _tools(path: str | None) -> list[dict[str, Any]] | None:
+    if path is None:
+        return None
+    try:
+        tools = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--tools {path}: {error}; expected a JSON file. Check it.") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"--tools {path}: expected a JSON list of tool objects. See README.md.")
+    return tools
+
+
+def _stream(
+    request: Request, model: "Qwen35", folder: str, prompt: "Prompt", stage: terminal.Stage
+) -> int:
+    """Say the answer as it comes; the first Ctrl-C asks the engine to stop, the second insists."""
+    from .api import Finish
+
+    sampling = replace(model.recommended_sampling(prompt), **request.sampling)
+    output = terminal.JsonWriter() if request.json else terminal.Writer(request.quiet)
+    output.start(
+        folder=folder,
+        size=model.size.name if model.size else None,
+        thinking=prompt.thinking,
+        sampling=asdict(sampling),
+    )
+    cancel = threading.Event()
+    try:
+        with terminal.asking_first(cancel):
+            for event in model.stream(
+                prompt,
+                sampling=sampling,
+                max_tokens=request.max_tokens,
+                stop=request.stop,
+                cancel=cancel,
+                progress=lambda p: stage.report(p.stage, p.done, p.total),
+            ):
+                stage.enter("answering")
+                if isinstance(event, Finish):
+                    return _finish(request, event, output)
+                output.event(event)
+    except Cancelled:
+        raise KeyboardInterrupt from None
+    finally:
+        output.close()
+    raise ValueError("the stream ended without a Finish")
+
+
+def _finish(request: Request, finish: "Finish", output: terminal.Output) -> int:
+    """Close the answer and say the figures. Returns the exit code."""
+    output.finish(finish)
+    if not request.quiet:
+        if finish.reason == "length":
+            note("stopped at the limit of tokens; --max-tokens raises it")
+        note(terminal.figures(finish.usage))
+    return terminal.INTERRUPTED if finish.reason == "cancelled" else 0
+
+
+if __name__ == "__main__":
+    main()

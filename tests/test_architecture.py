@@ -1,0 +1,162 @@
+"""Imports inside the package point one way, and `import qwen35_mlx` brings nothing heavy."""
+
+import ast
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qwen35_mlx"
+
+# Module (or sub-package) -> what of ours it may import. Each row names rows above it only.
+# Every module must have a row: a new one is placed by a decision, not by accident.
+ALLOWED: dict[str, str] = {
+    "errors": "",
+    "files": "errors",
+    "config": "errors files",
+    "checkpoint": "errors files config",
+    # What goes in and what comes out: nothing of these knows the model.
+    "source": "errors",
+    "settings": "errors files",
+    "image": "errors source settings",
+    "movie": "errors source image",
+    "video": "errors source settings image movie",
+    "tokenizer": "errors files",
+    "budget": "",
+    "sandbox": "errors budget",
+    "template": "errors files source budget sandbox",
+    "messages": "errors source image video",
+    "prompt": "errors source settings image video tokenizer template messages",
+    "arguments": "errors",
+    "parse": "errors arguments",
+    "sampling": "errors",
+    "family": "errors sampling",
+    # The computation, which knows token ids and arrays only.
+    "cache": "errors config",
+    "kernels": "errors config",
+    "layers": "errors config cache kernels",
+    "model": "errors config cache kernels layers",
+    "memory": "errors config",
+    "loader": "errors config checkpoint family memory layers model",
+    "engine": "errors config cache model sampling prompt",
+    # The program.
+    "hub": "errors config family",
+    "api": "errors files config source settings image video tokenizer template messages prompt "
+    "parse sampling family cache model memory loader engine hub",
+    "convert": "errors config checkpoint family hub",
+    "__init__": "errors prompt parse sampling api",
+    "terminal": "errors parse",
+    "generate": "errors family hub sampling api terminal",
+    "__main__": "__init__",
+}
+HEAVY = (
+    "torch",
+    "transformers",
+    "mlx_lm",
+    "mlx_vlm",
+    "rich",
+    "av",
+    "click",
+    "huggingface_hub.hf_api",
+)
+
+
+def modules() -> list[Path]:
+    found = [*PACKAGE.rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
+    return sorted(path for path in found if "__pycache__" not in path.parts)
+
+
+def name_of(path: Path) -> tuple[str, ...]:
+    """("layers", "rope") for qwen35_mlx/layers/rope.py."""
+    if path.is_relative_to(PACKAGE):
+        return path.relative_to(PACKAGE).with_suffix("").parts
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Our own modules that run when the file, or a function of it, does; not those for types."""
+    tree = ast.parse(path.read_text("utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for node in ast.walk(block)
+    }
+    package = ("qwen35_mlx", *name_of(path)[:-1])
+    names = {name_of(module)[0] for module in modules()}
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            targets = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            targets = [(*base, alias.name) for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            if target[0] == "qwen35_mlx":
+                yield target[1] if len(target) > 1 and target[1] in names else "__init__"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: ".".join(name_of(path)))
+def test_imports_point_one_way(path: Path) -> None:
+    row = name_of(path)[0]
+    assert row in ALLOWED, f"{row} has no row in ALLOWED: decide what it may import"
+    allowed = {row, *ALLOWED[row].split()}
+    found = set(imported(path))
+    assert found <= allowed, f"{row} imports {sorted(found - allowed)}"
+
+
+def test_each_row_names_rows_above_it_only() -> None:
+    seen: set[str] = set()
+    for row, names in ALLOWED.items():
+        assert set(names.split()) <= seen, f"{row}: {sorted(set(names.split()) - seen)}"
+        seen.add(row)
+
+
+def test_every_row_is_a_module() -> None:
+    assert set(ALLOWED) == {name_of(path)[0] for path in modules()}
+
+
+def test_importing_the_package_brings_nothing_heavy_and_is_fast() -> None:
+    code = f"import sys, qwen35_mlx; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.stdout.split(), done.stderr) == ([], "")
+    # Work, not waiting: other tests run beside this one. Usual are 0.3 s; transformers takes 3.
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2.0
+
+
+@pytest.mark.parametrize("command", [["qwen35_mlx"], ["qwen35_mlx.generate"]])
+def test_help_computes_nothing(command: list[str]) -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module({command[0]!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "banned = ('torch', 'transformers', 'mlx_lm', 'rich', 'huggingface_hub', 'av')\n"
+        "print('BANNED', *[m for m in banned if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip().endswith("BANNED"), done.stdout[-300:] + done.stderr[-2000:]
+
+
+def test_library_modules_neither_print_nor_exit() -> None:
+    talkers = {"generate", "terminal", "__main__", "convert"}
+    for path in modules():
+        if name_of(path)[0] in talkers:
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("print", "exit", "sys.exit", "os._exit"), f"{path}: {called}"

@@ -1,0 +1,485 @@
+"""Names become folders: local ones, conversions, the cache, and a small Hub on 127.0.0.1."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from qwen35_mlx import family, hub
+from qwen35_mlx.errors import ModelError, OutOfMemory
+from tiny_shapes import CONFIGS
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/tiny"
+SMALL = "mlx-community/Qwen3.5-0.8B-4bit"
+
+
+def safetensors(count: int) -> bytes:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}})
+    return len(header).to_bytes(8, "little") + header.encode() + bytes(count)
+
+
+def config_08b() -> dict:
+    size = family.find("0.8b")
+    assert size is not None
+    return family.config_values(size)
+
+
+def model_files(config: dict | None = None) -> dict[str, bytes]:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    return {
+        "config.json": json.dumps(config or CONFIGS["dense_tied"]).encode(),
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}",
+        "merges.txt": b"a b",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "model-1.safetensors": safetensors(5_000),
+        "model-2.safetensors": safetensors(7_000),
+    }
+
+
+UNWANTED = {"README.md": b"#", "model.gguf": b"G", "evil.py": b"!", "onnx/model.safetensors": b"x"}
+
+
+@dataclass
+class FakeHub:
+    """Speaks the endpoints that huggingface_hub asks for; remembers what it was asked."""
+
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    status: dict[str, tuple[int, str]] = field(default_factory=dict)  # repo -> answer, error code
+    asked: list[str] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
+    cut: set[str] = field(default_factory=set)  # files whose connection breaks half way
+    slow: set[str] = field(default_factory=set)  # files that stop coming half way
+    url: str = ""
+
+    def listing(self, repo: str) -> list[dict]:
+        files = self.repos[repo].items()
+        return [
+            {
+                "type": "file",
+                "path": name,
+                "rfilename": name,
+                "size": len(data),
+                "oid": hashlib.sha1(data).hexdigest(),
+                "blobId": hashlib.sha1(data).hexdigest(),
+            }
+            for name, data in files
+        ]
+
+
+def handler(state: FakeHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Tests are quiet."""
+
+        def answer(self, code: int, body: bytes, **headers: str) -> None:
+            self.send_response(code)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            state.asked.append(path)
+            parts = path.strip("/").split("/")
+            if parts[0] == "cdn":
+                return self.file("/".join(parts[1:3]), "/".join(parts[3:]))
+            repo = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
+            if repo in state.status or repo not in state.repos:
+                code, name = state.status.get(repo, (404, "RepoNotFound"))
+                return self.answer(code, b"{}", X_Error_Code=name)
+            if parts[0] == "api" and "tree" in parts:
+                return self.answer(200, json.dumps(state.listing(repo)).encode())
+            if parts[0] == "api":
+                about = {"id": repo, "sha": SHA, "siblings": state.listing(repo)}
+                return self.answer(200, json.dumps(about).encode())
+            name = "/".join(parts[4:])
+            if name not in state.repos[repo]:
+                return self.answer(404, b"", X_Error_Code="EntryNotFound")
+            if name.endswith(".safetensors"):  # large files are elsewhere
+                data = state.repos[repo][name]
+                return self.answer(
+                    302,
+                    b"",
+                    Location=f"{state.url}/cdn/{repo}/{name}",
+                    X_Repo_Commit=SHA,
+                    X_Linked_Size=str(len(data)),
+                    X_Linked_Etag=f'"{hashlib.sha256(data).hexdigest()}"',
+                )
+            return self.file(repo, name)
+
+        def file(self, repo: str, name: str) -> None:
+            data = state.repos[repo][name]
+            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+            if self.command == "GET":
+                state.sent.append(f"{name}@{begin}")
+            if name in state.cut | state.slow and self.command == "GET":
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                self.wfile.flush()
+                self.close_connection = True
+                if name in state.slow:
+                    time.sleep(20)
+                return
+            code = 206 if begin else 200
+            span = {"Content_Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}
+            self.answer(code, data[begin:], ETag=etag, X_Repo_Commit=SHA, **span)
+
+    return Handler
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    state = FakeHub(repos={REPO: model_files() | UNWANTED, SMALL: model_files(config_08b())})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", state.url)
+    template = state.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "SPARE", 0)
+    monkeypatch.setenv("QWEN35_HOME", str(tmp_path / "home"))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield state
+    close_session()
+    server.shutdown()
+    server.server_close()
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+# -- local folders -----------------------------------------------------------------------------
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, fake: FakeHub) -> None:
+    folder = write(tmp_path / "mine", model_files())
+    choice = hub.resolve(str(folder))
+    assert (choice.folder, choice.bytes, hub.download(choice)) == (folder, 0, folder)
+    assert fake.asked == []
+
+
+def test_a_folder_wins_over_a_hub_id_and_a_size(
+    tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "someone" / "tiny", model_files())
+    write(tmp_path / "0.8b", model_files())
+    assert hub.resolve(REPO).folder == Path(REPO)
+    assert hub.resolve("0.8b").folder == Path("0.8b")
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../..",
+        "a/../b",
+        "someone/..",
+        "./missing",
+        "/no/such/folder",
+        "a/b/c",
+        "-x/y",
+        "some one/tiny",
+        "someone/ti--ny",
+        "someone/tiny?x",
+        "someone\\tiny",
+        "nothing",
+        "5b",
+        "",
+        "~nobody-of-that-name/model",
+        "x" * 5000,
+        "a\0b",
+    ],
+)
+def test_what_is_no_name_of_a_model_never_reaches_the_hub(
+    name: str, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in" / "side").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in" / "side")
+    if name == "../..":  # a folder, and never more than that
+        assert hub.resolve(name).folder == Path(name)
+    else:
+        with pytest.raises(
+            ModelError, match=r"no such folder; expected a model folder.*\(0\.8b, 2b"
+        ):
+            hub.resolve(name)
+    assert fake.asked == []
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="is a file; expected a model folder"):
+        hub.resolve(str(tmp_path / "m.gguf"))
+
+
+# -- completeness ------------------------------------------------------------------------------
+
+
+def test_a_folder_is_complete_only_with_every_shard_whole(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", model_files())
+    assert hub.is_complete(whole)
+    for i, name in enumerate(("config.json", "tokenizer.json", "model-2.safetensors")):
+        folder = Path(shutil.copytree(whole, tmp_path / f"without-{i}"))
+        (folder / name).unlink()
+        assert not hub.is_complete(folder), name
+    cut = Path(shutil.copytree(whole, tmp_path / "cut"))
+    os.truncate(cut / "model-1.safetensors", 4_000)
+    assert not hub.is_complete(cut)
+    single = write(tmp_path / "single", {**model_files(), "model.safetensors": safetensors(3)})
+    (single / "model.safetensors.index.json").unlink()
+    assert hub.is_complete(single)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": 3}}', b"\xff\xfe"]
+    + [b'{"weight_map": {"a": "../whole/model-1.safetensors"}}'],
+)
+def test_a_broken_or_straying_index_is_not_complete(tmp_path: Path, index: bytes) -> None:
+    write(tmp_path / "whole", model_files())
+    folder = write(tmp_path / "m", model_files() | {"model.safetensors.index.json": index})
+    assert not hub.is_complete(folder)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 8, b"\x03\0\0\0\0\0\0\0{}", b"\x08" + b"\0" * 7],
+)
+def test_a_broken_weight_file_is_not_complete(tmp_path: Path, data: bytes) -> None:
+    assert not hub.is_complete(write(tmp_path / "m", model_files() | {"model-1.safetensors": data}))
+
+
+# -- sizes -------------------------------------------------------------------------------------
+
+
+def test_a_size_is_the_newest_complete_conversion_of_that_size(
+    tmp_path: Path, fake: FakeHub
+) -> None:
+    models = tmp_path / "home" / "models"
+    small, other = model_files(config_08b()), model_files()
+    incomplete = {k: v for k, v in small.items() if k != "model-2.safetensors"}
+    for age, (name, files) in enumerate(
+        [("incomplete", incomplete), ("other", other), ("new", small), ("old", small)]
+    ):
+        folder = write(models / name, files)
+        os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
+    choice = hub.resolve("0.8B")
+    assert (choice.folder, fake.asked) == (models / "new", [])
+    assert choice.why == "newest local conversion of 0.8B"
+
+
+def test_a_size_without_conversion_is_the_4_bit_folder_of_mlx_community(fake: FakeHub) -> None:
+    choice = hub.resolve("0.8b")
+    total = sum(len(data) for data in model_files(config_08b()).values())
+    assert (choice.repo, choice.folder, choice.bytes) == (SMALL, None, total)
+    assert hub.is_complete(hub.download(choice))
+
+
+def test_a_size_that_mlx_community_lacks_names_the_original(fake: FakeHub) -> None:
+    with pytest.raises(ModelError, match=r"Qwen3\.5-2B-4bit: not found .*Try Qwen/Qwen3\.5-2B"):
+        hub.resolve("2b")
+
+
+# -- downloads ---------------------------------------------------------------------------------
+
+
+def test_only_model_files_are_downloaded_and_each_once(fake: FakeHub) -> None:
+    choice = hub.resolve(REPO)
+    reports: list[tuple[int, int]] = []
+    folder = hub.download(choice, lambda done, total: reports.append((done, total)))
+    assert {p.name for p in folder.iterdir()} == set(model_files())
+    assert {name: (folder / name).read_bytes() for name in model_files()} == model_files()
+    assert sorted(fake.sent) == sorted(f"{name}@0" for name in model_files())
+    total = sum(map(len, model_files().values()))
+    assert choice.bytes == choice.total_bytes == total
+    assert reports[-1] == (total, total)
+    assert all(0 <= done <= total for done, _ in reports)
+
+
+def test_a_cached_snapshot_needs_no_network(fake: FakeHub) -> None:
+    folder = hub.download(hub.resolve(REPO))
+    fake.asked.clear()
+    again = hub.resolve(REPO)
+    assert (again.folder, hub.download(again), fake.asked) == (folder, folder, [])
+    assert "cache" in again.why
+
+
+def test_an_interrupted_download_goes_on_where_it_was(fake: FakeHub) -> None:
+    fake.cut = {"model-2.safetensors"}
+    choice = hub.resolve(REPO)
+    with pytest.raises(ModelError, match=f"^{REPO}: "):
+        hub.download(choice)
+    fake.cut, fake.sent = set(), []
+    rest = hub.resolve(REPO)
+    assert rest.folder is None and 0 < rest.bytes < choice.bytes
+    assert hub.is_complete(hub.download(rest))
+    assert all(sent.startswith("model-") for sent in fake.sent), fake.sent
+
+
+def test_a_disk_without_room_is_refused_with_both_numbers(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "SPARE", 10**9)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 10**8))
+    choice = hub.resolve(REPO)
+    fake.asked.clear()
+    with pytest.raises(ModelError, match=r"needs 0\.0 GB and 1\.0 GB to spare; 0\.3 GB are free"):
+        hub.download(choice)
+    assert fake.asked == []
+
+
+def test_another_family_is_refused_before_its_weights_are_fetched(fake: FakeHub) -> None:
+    fake.repos["a/llama"] = model_files({"model_type": "llama"})
+    with pytest.raises(ModelError, match="model_type is 'llama'"):
+        hub.download(hub.resolve("a/llama"))
+    assert fake.sent == ["config.json@0"]
+
+
+def test_a_repository_without_safetensors_is_refused(fake: FakeHub) -> None:
+    fake.repos["a/gguf"] = {"README.md": b"#", "m.gguf": b"G", "config.json": b"{}"}
+    with pytest.raises(ModelError, match="a/gguf: holds no config.json with safetensors"):
+        hub.resolve("a/gguf")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "a/b: not found on .*, or private.* Check the spelling. .* `hf auth"),
+        (401, "RepoNotFound", "a/b: not found on .*, or private.* Check the spelling. .* `hf auth"),
+        (403, "GatedRepo", "a/b: is gated on .* Accept its terms at .*/a/b, then run `hf auth"),
+        (401, "", "a/b: .* expected .* run `hf auth login`|a/b: .*refuses access"),
+        (403, "", r"a/b: .* refuses access \(403\); expected a valid token"),
+        (418, "", "a/b: .* answered 418; expected 200. Try again later."),
+    ],
+)
+def test_refusals_of_the_hub_are_one_line_with_advice(
+    fake: FakeHub, status: int, code: str, message: str
+) -> None:
+    fake.status["a/b"] = (status, code)
+    with pytest.raises(ModelError, match=message) as caught:
+        hub.resolve("a/b")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_network_the_advice_is_to_check_it(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    with pytest.raises(ModelError, match=f"a/b: cannot be fetched from {nowhere} .*Check the netw"):
+        hub.resolve("a/b")
+
+
+def test_offline_mode_is_named(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="a/b: not complete in the .* HF_HUB_OFFLINE is set"):
+        hub.resolve("a/b")
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def start(fake: FakeHub, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    env = os.environ | {
+        "HF_ENDPOINT": fake.url,
+        "HF_HOME": str(tmp_path / "hf2"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "qwen35_mlx.generate", *options, "--prompt", "Hello"],
+        cwd=Path(__file__).parents[1],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def generate(fake: FakeHub, tmp_path: Path, *options: str) -> tuple[int, str, str]:
+    process = start(fake, tmp_path, *options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_ctrl_c_leaves_a_download_at_once(fake: FakeHub, tmp_path: Path) -> None:
+    fake.slow = {"model-2.safetensors"}
+    process = start(fake, tmp_path, "--model", REPO)
+    while not any(sent.startswith("model-2") for sent in fake.sent):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert err.splitlines()[-1] == "interrupted; the download goes on from here next time"
+    assert (process.returncode, time.monotonic() - begin < 5) == (130, True)
+
+
+def test_the_command_says_what_it_will_download_first(fake: FakeHub, tmp_path: Path) -> None:
+    code, out, err = generate(fake, tmp_path, "--model", REPO)
+    first, last = err.splitlines()
+    assert first.startswith(f"{REPO} (named on the Hub), 1") and " kB to download, " in first
+    assert f"free in {tmp_path / 'hf2' / 'hub'}" in first
+    assert last.startswith("error: ")  # the weights are no weights: refused at loading
+    assert (code, out) == (2, "")
+
+
+def test_the_command_says_an_error_of_the_hub_in_one_line(fake: FakeHub, tmp_path: Path) -> None:
+    code, out, err = generate(fake, tmp_path, "--model", "no/body")
+    assert err.startswith("error: no/body: not found on ")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_what_no_memory_can_hold_is_not_downloaded(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen35_mlx import generate as command
+
+    monkeypatch.setattr(command, "_memory", lambda: 9_000)
+    choice = hub.resolve(REPO)
+    with pytest.raises(OutOfMemory, match=r"its weights are 1\d\.\d kB; this machine has 9\.0 kB"):
+        command._refuse_oversize(choice)
