@@ -271,7 +271,7 @@ def evaluate(
     """
     total = sum(a.nbytes for a in arrays.values())
     done = 0
-    for batch in _batches(list(arrays.values()), 512 << 20):
+    for batch in _batches(list(arrays.values()), 64 << 20):
         mx.eval(batch)
         done += sum(a.nbytes for a in batch)
         if progress:

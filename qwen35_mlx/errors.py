@@ -22,3 +22,14 @@ class OutOfMemory(Qwen35Error):
 
 class Cancelled(Qwen35Error):
     """The caller asked a running computation to stop."""
+
+
+def one_line(error: object) -> str:
+    """What an exception says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def shown(source: object) -> str:
+    """A path or address as it may stand in a message: on one line, not too long."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(source)[:200])
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(str(source))} characters)"

@@ -4,7 +4,6 @@ Nothing here prints: the command says what was chosen before it calls `download`
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,14 +15,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from . import config, family
+from . import checkpoint, config, family
 from .errors import ModelError
 
 # What a model folder holds; never code, pickles or GGUF. Sub-folders hold other formats.
 ALLOW = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 IGNORE = ("*/*",)
 SPARE = 1 << 30  # a full disk breaks more than this program
-HEADER_BYTES = 100 << 20  # safetensors' own limit
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 POLL_SECONDS = 0.2
 
@@ -107,30 +105,9 @@ def is_complete(folder: Path) -> bool:
     """Whether configuration, tokenizer and every weight file are here, none of them cut short."""
     if not all(os.path.isfile(folder / name) for name in ("config.json", "tokenizer.json")):
         return False
-    index = folder / "model.safetensors.index.json"
-    if not os.path.isfile(index):
-        return _is_whole(folder / "model.safetensors")
     try:
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return bool(shards) and all(
-        isinstance(name, str) and Path(name).name == name and _is_whole(folder / name)
-        for name in shards
-    )
-
-
-def _is_whole(path: Path) -> bool:
-    """A safetensors file says in its header where its data end."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > HEADER_BYTES:
-                return False
-            header = json.loads(file.read(length))
-            ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-            return path.stat().st_size == 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return bool(checkpoint.entries(folder))
+    except ModelError:
         return False
 
 

@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import InputError
+from .errors import InputError, one_line, shown
 from .settings import read_settings, shared_settings
-from .source import one_line, open_stream, shown
+from .source import open_stream
 
 MAX_PIXELS = 2**27  # 134 megapixels: above every 108-megapixel phone and 102-megapixel camera
 MAX_ASPECT = 200  # longer side over shorter side; the reference refuses more

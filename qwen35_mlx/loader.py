@@ -24,11 +24,12 @@ def load(
 ) -> Model:
     """Read, check and evaluate every weight of `folder`.
 
-    dtype: of matrices and activations; the folder's own when None. progress: bytes done, in all.
+    dtype: of matrices and activations. None: the folder's own, or f32 for a packed folder without
+    a GPU. progress: bytes done, in all.
     Raises: ModelError naming a missing, extra or misshapen tensor; OutOfMemory before reading.
     """
     stored = checkpoint.entries(folder)
-    dtype = dtype or DTYPES.get(config.dtype, mx.bfloat16)
+    dtype = dtype or _own_dtype(config)
     _require_memory(folder, config, stored, dtype)
     arrays = checkpoint.read(folder, stored, dtype)
     model = Model(
@@ -39,9 +40,27 @@ def load(
     )
     _pack(model, arrays, config.quantization, folder)
     _compare(model, arrays, folder)
+    if not mx.metal.is_available():
+        _store_by_columns(model, arrays)
     checkpoint.evaluate(arrays, progress)
     model.load_weights(list(arrays.items()))
     return model
+
+
+def _own_dtype(config: Config) -> mx.Dtype:
+    if config.quantization and not mx.metal.is_available():
+        return mx.float32  # MLX's packed product on the CPU takes 6 to 9 times as long in bf16
+    return DTYPES.get(config.dtype, mx.bfloat16)
+
+
+def _store_by_columns(model: Model, arrays: dict[str, mx.array]) -> None:
+    """Same f32 matrices, other order in memory: `x @ W.T` takes half the time in MLX's CPU BLAS."""
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        is_matrix = isinstance(module, nn.Linear | GroupedLinear)
+        if is_matrix and arrays[name].dtype == mx.float32:
+            columns = mx.contiguous(arrays[name].swapaxes(-1, -2))
+            arrays[name] = columns.swapaxes(-1, -2)
 
 
 def _require_memory(

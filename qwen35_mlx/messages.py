@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
-from .source import one_line
+from .errors import InputError, one_line
 
 ROLES = ("system", "user", "assistant", "tool")
 PARTS = {

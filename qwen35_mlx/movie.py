@@ -7,9 +7,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .image import check_size
-from .source import one_line, open_stream
+from .source import open_stream
 
 # Containers FFmpeg may open. Without the list it also takes play lists and concat scripts, which
 # name other files and addresses.

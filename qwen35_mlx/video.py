@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, one_line, shown
 from .image import (
     ImageProcessor,
     Media,
@@ -32,7 +32,7 @@ from .image import (
 )
 from .movie import Movie
 from .settings import positive, read_settings, shared_settings
-from .source import one_line, open_stream, shown
+from .source import open_stream
 
 DEFAULT_FPS = 24.0  # of a source that does not say
 PICTURE_SUFFIXES = frozenset(

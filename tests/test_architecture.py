@@ -20,7 +20,8 @@ ALLOWED: dict[str, str] = {
     "config": "errors files",
     "checkpoint": "errors files config",
     # What goes in and what comes out: nothing of these knows the model.
-    "source": "errors",
+    "web": "errors",
+    "source": "errors web",
     "settings": "errors files",
     "image": "errors source settings",
     "movie": "errors source image",
@@ -44,7 +45,7 @@ ALLOWED: dict[str, str] = {
     "loader": "errors config checkpoint family memory layers model",
     "engine": "errors config cache model sampling prompt",
     # The program.
-    "hub": "errors config family",
+    "hub": "errors config checkpoint family",
     "api": "errors files config source settings image video tokenizer template messages prompt "
     "parse sampling family cache model memory loader engine hub",
     "convert": "errors config checkpoint family hub",

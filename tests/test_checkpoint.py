@@ -176,7 +176,20 @@ NORM = "model.language_model.norm.weight"
             "spans",
         ),
     ],
-    ids=str,
+    ids=[
+        "shard gone",
+        "shard cut",
+        "shard empty",
+        "last byte gone",
+        "index empty",
+        "index no JSON",
+        "index leads out",
+        "index names no safetensors",
+        "index names a ghost",
+        "index forgets a tensor",
+        "header forgets a tensor",
+        "header lies about a dtype",
+    ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(
     damage: Damage, named: str, tmp_path: Path

@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx.kernels.gated_delta import CHUNK, gated_delta
+from qwen35_mlx.kernels import gated_delta as module
+from qwen35_mlx.kernels.gated_delta import gated_delta
 
 Arrays = tuple[np.ndarray, ...]
 TOLERANCE = 1e-5  # relative L2; f32 sums of up to 300 terms, and a triangular inverse per chunk
@@ -45,7 +46,13 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 31, CHUNK - 1, CHUNK, CHUNK + 1, 131, 300])
+@pytest.fixture(autouse=True, params=[32, 64])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lengths used on the CPU and on the GPU."""
+    monkeypatch.setattr(module, "CHUNK", request.param)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 131, 300])
 def test_agrees_with_the_definition(T: int) -> None:
     arrays = inputs(T)
     out, state = run(arrays)

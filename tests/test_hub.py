@@ -27,8 +27,8 @@ REPO = "someone/tiny"
 SMALL = "mlx-community/Qwen3.5-0.8B-4bit"
 
 
-def safetensors(count: int) -> bytes:
-    header = json.dumps({"a": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}})
+def safetensors(count: int, name: str = "a") -> bytes:
+    header = json.dumps({name: {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}})
     return len(header).to_bytes(8, "little") + header.encode() + bytes(count)
 
 
@@ -47,7 +47,7 @@ def model_files(config: dict | None = None) -> dict[str, bytes]:
         "merges.txt": b"a b",
         "model.safetensors.index.json": json.dumps(index).encode(),
         "model-1.safetensors": safetensors(5_000),
-        "model-2.safetensors": safetensors(7_000),
+        "model-2.safetensors": safetensors(7_000, "b"),
     }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from goldens.make_pixels import PICTURES, chosen, draw
 from qwen35_mlx import image as pictures
-from qwen35_mlx import source as sources
+from qwen35_mlx import web
 from qwen35_mlx.errors import InputError, ModelError
 from qwen35_mlx.image import ImageProcessor, open_image, patches, smart_resize
 
@@ -418,10 +418,10 @@ def test_redirects_off_the_web_are_refused(server: str, path: str) -> None:
 
 
 def test_downloads_are_capped(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_DOWNLOAD", 2**20)
+    monkeypatch.setattr(web, "MAX_DOWNLOAD", 2**20)
     assert "more than 1 MiB" in refused(f"{server}/endless", allow_url=True)
-    monkeypatch.setattr(sources, "MAX_DOWNLOAD", 2**40)
-    monkeypatch.setattr(sources, "DOWNLOAD_SECONDS", 0.2)
+    monkeypatch.setattr(web, "MAX_DOWNLOAD", 2**40)
+    monkeypatch.setattr(web, "DOWNLOAD_SECONDS", 0.2)
     assert "not finished after 0.2 s" in refused(f"{server}/endless", allow_url=True)
 
 
