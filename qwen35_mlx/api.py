@@ -209,8 +209,11 @@ class Qwen35:
                 f"prompt: holds a picture; {self.folder} has no vision tower. "
                 "Use a folder that was converted with it."
             )
-        needed = memory.prompt_bytes(self.config, T, engine.CHUNK, self.model.dtype.size) + extra
-        memory.require(needed, f"a prompt of {T:,} tokens", "Shorten it or use a smaller size.")
+        patches = sum(len(medium.patches) for medium in prompt.media)
+        needed = memory.prompt_bytes(self.config, T, patches, engine.CHUNK, self.model.dtype.size)
+        memory.require(
+            needed + extra, f"a prompt of {T:,} tokens", "Shorten it or use a smaller size."
+        )
 
     def _events(
         self,

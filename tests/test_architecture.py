@@ -41,7 +41,7 @@ ALLOWED: dict[str, str] = {
     "kernels": "errors config",
     "layers": "errors config cache kernels",
     "model": "errors config cache kernels layers",
-    "memory": "errors config",
+    "memory": "errors config kernels layers",
     "loader": "errors config checkpoint family memory layers model",
     "engine": "errors config cache model sampling prompt",
     # The program.

@@ -61,6 +61,17 @@ def test_agrees_with_the_definition(T: int) -> None:
     assert error(state, wanted_state) < TOLERANCE
 
 
+@pytest.mark.parametrize("chunk", [32, 64])
+@pytest.mark.parametrize("T", [63, 64, 65, 131])
+def test_every_machines_chunk_agrees_with_the_definition(
+    chunk: int, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    arrays = inputs(T)
+    for found, wanted in zip(run(arrays), definition(*arrays), strict=True):
+        assert error(found, wanted) < TOLERANCE
+
+
 def test_repeated_keys_with_full_strength_do_not_cancel() -> None:
     """Equal keys, beta 1 and no decay: powers of a whole chunk's matrix would reach 1e18."""
     q, k, v, log_g, beta, state = inputs(128)
