@@ -2,14 +2,18 @@
 # make test      the tests; `make test-all` adds the slow ones (real builds and installations)
 # make lint      ruff format --check, ruff check, mypy
 # make goldens   rebuild the reference numbers with torch and transformers, and compare
-# Everything is installed into .venv (goldens: .venv-goldens), once, and again when pyproject.toml
-# changes. Another Python: make PYTHON=/path/to/python3.12 demo
+# make bench-peers  speed and memory beside mlx-lm and mlx-vlm, on random weights
+# make bench-cold   from the start of the process to the first token, beside mlx-lm
+# Everything is installed into .venv (goldens, bench: .venv-goldens, .venv-bench), once, and again
+# when pyproject.toml changes. Another Python: make PYTHON=/path/to/python3.12 demo
 
 SHELL := /bin/bash
 VENV := .venv
 GOLDENS := .venv-goldens
+BENCH := .venv-bench
 TEST_JOBS ?= 2
 REFERENCES := torch==2.13.0 transformers==5.23.0
+PEERS := mlx-lm==0.32.2 mlx-vlm==0.7.10
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 # The first of these that runs and is new enough: macOS's own python3 is 3.9.
@@ -17,11 +21,11 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: help demo test test-all lint goldens clean
+.PHONY: help demo test test-all lint goldens bench-peers bench-cold clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -8
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m qwen35_mlx.generate --model examples/demo-model \
@@ -45,8 +49,14 @@ goldens: $(GOLDENS)/.installed
 	if [ $$rc = 0 ]; then echo "goldens: none moved"; else echo "goldens: some moved (see above)"; fi; \
 	exit $$rc
 
+bench-peers: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/peers.py $(ARGS)
+
+bench-cold: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/cold_start.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(GOLDENS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GOLDENS) $(BENCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # -- environments ------------------------------------------------------------------------------
 # The stamps lie inside the environment, so removing it removes them; a broken interpreter link
@@ -67,7 +77,12 @@ $(GOLDENS)/.installed: pyproject.toml Makefile | $(GOLDENS)/bin/python
 	@$(GOLDENS)/bin/python -m pip install $(PIP_FLAGS) $(REFERENCES) -e .
 	@touch $@
 
-$(VENV)/bin/python $(GOLDENS)/bin/python:
+$(BENCH)/.installed: pyproject.toml Makefile | $(BENCH)/bin/python
+	@echo "installing $(PEERS) into $(BENCH)"
+	@$(BENCH)/bin/python -m pip install $(PIP_FLAGS) $(PEERS) -e .
+	@touch $@
+
+$(VENV)/bin/python $(GOLDENS)/bin/python $(BENCH)/bin/python:
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "make: no Python 3.11 or newer found (python3 is $$(python3 --version 2>&1 || true))." >&2; \
 		echo "Install one (macOS: brew install python; Debian: apt install python3 python3-venv)" >&2; \

@@ -128,15 +128,15 @@ def test_logits_are_those_of_the_answer(model: Qwen35) -> None:
 
 
 def test_another_thread_can_stop_a_stream(model: Qwen35) -> None:
-    cancel, count = threading.Event(), 0
-    for event in model.stream("Hello", sampling=GREEDY, cancel=cancel):
-        count += 1
-        if count == 1:
-            setter = threading.Thread(target=cancel.set)
-            setter.start()
-            setter.join()
-    assert isinstance(event, Finish) and event.reason == "cancelled"
-    assert event.usage.generated_tokens < 5
+    cancel = threading.Event()
+    stream = model.stream("Hello", sampling=GREEDY, cancel=cancel)
+    assert isinstance(next(stream), Text)
+    setter = threading.Thread(target=cancel.set)
+    setter.start()
+    setter.join()
+    *_, finish = stream
+    assert isinstance(finish, Finish) and finish.reason == "cancelled"
+    assert finish.usage.generated_tokens < 5
 
 
 def test_loaded_here_it_answers_in_other_threads_in_turn() -> None:
