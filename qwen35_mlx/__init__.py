@@ -8,7 +8,12 @@
 Nothing here prints or exits; every exception raised on purpose is a `Qwen35Error`.
 """
 
+import os
 from pathlib import Path
+
+# On the newest GPUs MLX would round the operands of f32 products to 10 bits of fraction; the
+# recurrent state needs all 23. MLX reads this once, when it first multiplies.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():

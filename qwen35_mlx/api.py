@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from . import config as configuration
 from . import engine, family, loader, memory, prompt
-from .cache import Cache
+from .cache import GROWTH, Cache
 from .config import Config
-from .errors import Cancelled, InputError
+from .errors import Cancelled, InputError, ModelError
 from .files import read_json
 from .image import ImageProcessor
 from .model import Model
@@ -25,6 +25,7 @@ from .tokenizer import Tokenizer
 from .video import VideoProcessor
 
 MAX_TOKENS = 32768  # the output budget the model cards advise
+SHORTEN = "Shorten it, lower max_tokens, or use a smaller size."
 Messages = str | Sequence[dict[str, Any]]
 Reason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -119,8 +120,8 @@ class Qwen35:
             thinking,
             template=self.template,
             tokenizer=self.tokenizer,
-            image_processor=ImageProcessor.read(self.folder),
-            video_processor=VideoProcessor.read(self.folder),
+            image_processor=self._processors[0] if self.model.has_vision else None,
+            video_processor=self._processors[1] if self.model.has_vision else None,
             ids=MediaTokens(
                 config.image_token_id,
                 config.video_token_id,
@@ -139,8 +140,14 @@ class Qwen35:
         rows = T if last is None else min(last, T)
         if rows < 1:
             raise InputError(f"logits: last is {last}; expected at least 1.")
-        self._check(prompt, extra=4 * rows * self.config.text.vocab_size)
-        hidden = engine.read_prompt(self.model, prompt, Cache(self.config.text), keep=rows)
+        self._check(prompt)
+        itemsize = self.model.dtype.size
+        extra = (4 + itemsize) * rows * self.config.text.vocab_size
+        memory.require(
+            self._prompt_bytes(prompt) + extra, f"{rows:,} rows of logits", "Ask for fewer: last=N."
+        )
+        cache = Cache(self.config.text, capacity=T)
+        hidden = engine.read_prompt(self.model, prompt, cache, keep=rows)
         logits = self.model.logits(hidden)[0].astype(mx.float32)
         mx.eval(logits)
         return logits
@@ -164,13 +171,17 @@ class Qwen35:
         part of it. cancel: set it from any thread; the stream then ends with reason `cancelled`.
         Raises: InputError, OutOfMemory at once, before the first event is asked for.
         """
-        asked = messages if isinstance(messages, Prompt) else self.prompt(messages, tools, thinking)
-        room = self.context - len(asked.tokens)
-        wanted = MAX_TOKENS if max_tokens is None else max_tokens
-        if wanted < 1:
-            raise InputError(f"max_tokens: {wanted}; expected at least 1.")
-        budget = min(wanted, room)
-        self._check(asked, extra=0)
+        if isinstance(messages, Prompt):
+            if tools is not None or thinking is not None:
+                raise InputError(
+                    "stream: tools or thinking beside a Prompt; both are part of it already. "
+                    "Give them to prompt()."
+                )
+            asked = messages
+        else:
+            asked = self.prompt(messages, tools, thinking)
+        self._check(asked)
+        budget = self._budget(asked, max_tokens)
         if sampling is None:
             sampling = self.recommended_sampling(asked)
         return self._events(asked, sampling, budget, StopStrings(stop), cancel, progress)
@@ -195,11 +206,11 @@ class Qwen35:
             return self._own_sampling
         return family.recommended(self.size, prompt.thinking, bool(prompt.media))
 
-    def _check(self, prompt: Prompt, extra: int) -> None:
+    def _check(self, prompt: Prompt) -> None:
         T = len(prompt.tokens)
         if T == 0:
             raise InputError("prompt: no tokens; expected at least one. Write something.")
-        if T >= self.context:
+        if self.context <= T:
             raise InputError(
                 f"prompt: {T:,} tokens; the context holds {self.context:,}, answer included. "
                 f"Shorten it by at least {T - self.context + 1:,} tokens."
@@ -209,11 +220,34 @@ class Qwen35:
                 f"prompt: holds a picture; {self.folder} has no vision tower. "
                 "Use a folder that was converted with it."
             )
-        patches = sum(len(medium.patches) for medium in prompt.media)
-        needed = memory.prompt_bytes(self.config, T, patches, engine.CHUNK, self.model.dtype.size)
-        memory.require(
-            needed + extra, f"a prompt of {T:,} tokens", "Shorten it or use a smaller size."
-        )
+        largest = int(prompt.tokens.max())
+        if largest >= self.config.text.vocab_size or int(prompt.tokens.min()) < 0:
+            raise InputError(
+                f"prompt: token {largest}; the model has {self.config.text.vocab_size}. "
+                "Use the tokenizer of this folder."
+            )
+
+    def _prompt_bytes(self, prompt: Prompt) -> int:
+        grids = [medium.grid for medium in prompt.media]
+        tokens, itemsize = len(prompt.tokens), self.model.dtype.size
+        return memory.prompt_bytes(self.config, tokens, grids, engine.CHUNK, itemsize)
+
+    def _budget(self, prompt: Prompt, max_tokens: int | None) -> int:
+        """Tokens of answer that context and memory leave. Asked for more, memory refuses."""
+        T = len(prompt.tokens)
+        room = self.context - T
+        needed = self._prompt_bytes(prompt)
+        # A buffer is copied as it grows, so a token of answer counts twice.
+        per_token = 2 * memory.kv_bytes(self.config.text, 1, self.model.dtype.size)
+        if max_tokens is None:
+            memory.require(needed, f"a prompt of {T:,} tokens", SHORTEN)
+            return max(1, min(MAX_TOKENS, room, (memory.available() - needed) // per_token))
+        if max_tokens < 1:
+            raise InputError(f"max_tokens: {max_tokens}; expected at least 1.")
+        budget = min(max_tokens, room)
+        what = f"a prompt of {T:,} tokens and an answer of {budget:,}"
+        memory.require(needed + per_token * budget, what, SHORTEN)
+        return budget
 
     def _events(
         self,
@@ -232,7 +266,7 @@ class Qwen35:
             prompt,
             Sampler(sampling, self.tokenizer.vocab_size, prompt.tokens),
             max_tokens=budget,
-            cache=Cache(self.config.text),
+            cache=Cache(self.config.text, capacity=len(prompt.tokens) + GROWTH),
             clock=clock,
             progress=_staged("prompt", progress),
             cancel=cancel,
@@ -261,6 +295,22 @@ class Qwen35:
         if called and reason == "stop":
             reason = "tool_calls"
         yield Finish(reason, _usage(len(prompt.tokens), count, clock))
+
+    @cached_property
+    def _processors(self) -> tuple[ImageProcessor, VideoProcessor]:
+        """The folder's preprocessing, which must cut the patches that the tower expects."""
+        found = ImageProcessor.read(self.folder), VideoProcessor.read(self.folder)
+        vision = self.config.vision
+        assert vision is not None
+        expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        for one in found:
+            sizes = (one.patch_size, one.temporal_patch_size, one.merge_size)
+            if sizes != expected:
+                raise ModelError(
+                    f"{self.folder}: preprocessor files say patch, temporal patch and merge size "
+                    f"{sizes}; config.json says {expected}. Take all files of one model."
+                )
+        return found
 
     @cached_property
     def _own_sampling(self) -> Sampling | None:

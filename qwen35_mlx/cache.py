@@ -10,9 +10,13 @@ GROWTH = 256  # tokens; a buffer grows by at least this and by an eighth, so cop
 
 
 class KVState:
-    """Keys and values of one attention layer, `[B, Hk, S, D]`, append-only."""
+    """Keys and values of one attention layer, `[B, Hk, S, D]`, append-only.
 
-    def __init__(self) -> None:
+    capacity: tokens that are known to come; room for them is made at once.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.capacity = capacity
         self.length = 0
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
@@ -20,25 +24,22 @@ class KVState:
     def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         """Add `[B, Hk, T, D]`; returns all keys and values so far."""
         start, self.length = self.length, self.length + k.shape[2]
-        if self.keys is None or self.values is None or self.length > self.keys.shape[2]:
-            self.reserve(self.length + max(GROWTH, self.length // 8), k, v)
-        assert self.keys is not None and self.values is not None
+        self.keys = self._with_room(self.keys, k, start)
+        self.values = self._with_room(self.values, v, start)
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def reserve(self, capacity: int, k: mx.array, v: mx.array) -> None:
-        """Move to buffers for `capacity` tokens of the shape and type of `k`, `v`."""
-        capacity = -(-capacity // GROWTH) * GROWTH
-        B, H, _, D = k.shape
-        keys, values = (
-            mx.zeros((B, H, capacity, D), k.dtype),
-            mx.zeros((B, H, capacity, D), v.dtype),
-        )
-        if self.keys is not None and self.values is not None:
-            old = min(self.keys.shape[2], capacity)
-            keys[:, :, :old], values[:, :, :old] = self.keys[:, :, :old], self.values[:, :, :old]
-        self.keys, self.values = keys, values
+    def _with_room(self, old: mx.array | None, fresh: mx.array, used: int) -> mx.array:
+        """`old`, or a larger buffer that begins with it, of `fresh`'s shape and type."""
+        if old is not None and self.length <= old.shape[2]:
+            return old
+        B, H, _, D = fresh.shape
+        wanted = max(self.capacity, self.length + max(GROWTH, self.length // 8) * (used > 0))
+        grown = mx.zeros((B, H, -(-wanted // GROWTH) * GROWTH, D), fresh.dtype)
+        if old is not None:
+            grown[:, :, :used] = old[:, :, :used]
+        return grown
 
     def arrays(self) -> list[mx.array]:
         return [a for a in (self.keys, self.values) if a is not None]
@@ -75,11 +76,15 @@ class Snapshot:
 
 
 class Cache:
-    """All layers' states for `batch` sequences; `length` counts the tokens read."""
+    """All layers' states for `batch` sequences; `length` counts the tokens read.
 
-    def __init__(self, config: TextConfig, batch: int = 1) -> None:
+    capacity: tokens that are known to come.
+    """
+
+    def __init__(self, config: TextConfig, batch: int = 1, capacity: int = 0) -> None:
         self.states = [
-            KVState() if full else DeltaState(config, batch) for full in config.is_full_attention
+            KVState(capacity) if full else DeltaState(config, batch)
+            for full in config.is_full_attention
         ]
         self.length = 0
         mx.eval(self.arrays())  # a lazy array would bind the cache to this thread

@@ -66,15 +66,14 @@ def _store_by_columns(model: Model, arrays: dict[str, mx.array]) -> None:
 def _require_memory(
     folder: Path, config: Config, stored: Mapping[str, checkpoint.Entry], dtype: mx.Dtype
 ) -> None:
-    widths = {"BF16": dtype.size, "F16": dtype.size, "F32": dtype.size}
     needed = sum(
-        entry.nbytes * widths.get(entry.dtype, 1) // (checkpoint.ITEM_BYTES[entry.dtype])
-        if entry.dtype in widths
+        entry.nbytes // checkpoint.ITEM_BYTES[entry.dtype] * dtype.size
+        if entry.dtype in ("BF16", "F16", "F32")
         else entry.nbytes
         for entry in stored.values()
     )
     needed += memory.state_bytes(config.text)
-    memory.require(needed, f"{folder}", family.fits_advice(memory.available()))
+    memory.require(needed, str(folder), family.fits_advice(memory.available()))
 
 
 def _pack(
@@ -95,6 +94,7 @@ def _pack(
         module = modules.get(path)
         if not isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
             raise ModelError(f"{folder}: {name} packs nothing this model has. Convert it again.")
+        # The tensors decide: a module that is packed is read so, also where config.json omits it.
         declared = formats.get(path) or packing.default
         found = _measured(arrays, path, module.weight.shape[-1], declared, folder)
         _replace(model, path, module, found)

@@ -1,27 +1,35 @@
 """What a model and a prompt need, and what this machine has: known before anything is loaded."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
+from .cache import GROWTH
 from .config import Config, TextConfig
 from .errors import OutOfMemory
 from .kernels.attention import SCORE_BYTES
 from .kernels.gated_delta import CHUNK
-from .layers.vision import PATCHES_AT_ONCE
+from .layers.vision import Grid, slices_at_once
 
 GB = 1e9
 
 
-def available() -> int:
-    """Bytes this process may still use: of the GPU's working set, or of free memory."""
+def capacity() -> int:
+    """Bytes a process may ever use: of the GPU's working set on a Mac, of the machine elsewhere."""
     if mx.metal.is_available():
-        limit = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
-        return limit - mx.get_active_memory()
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 + mx.get_cache_memory()
-    raise OSError("/proc/meminfo has no MemAvailable")
+        return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available() -> int:
+    """Bytes this process may still use."""
+    meminfo = Path("/proc/meminfo")
+    if mx.metal.is_available() or not meminfo.exists():
+        return capacity() - mx.get_active_memory()
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 + mx.get_cache_memory()
 
 
 def require(needed: int, what: str, advice: str) -> None:
@@ -45,12 +53,14 @@ def state_bytes(text: TextConfig) -> int:
     return 4 * per_layer * (len(text.is_full_attention) - sum(text.is_full_attention))
 
 
-def prompt_bytes(config: Config, tokens: int, patches: int, chunk: int, itemsize: int = 2) -> int:
+def prompt_bytes(
+    config: Config, tokens: int, grids: Sequence[Grid], chunk: int, itemsize: int = 2
+) -> int:
     """Peak beside the weights while `tokens` tokens are read `chunk` at a time, rounded up.
 
-    patches: of the pictures and clips in the prompt. itemsize: bytes of an activation.
-    Cache and states twice, for they are copied when they grow or move on; and one layer's arrays
-    for a chunk, counted in measured multiples of the widest ones.
+    grids: (t, gh, gw) of the pictures and clips in the prompt. itemsize: bytes of an activation.
+    The cache, the states twice, for they are copied as they move on, and one layer's arrays for a
+    chunk, counted in measured multiples of the widest ones.
     """
     text = config.text
     rows = min(tokens, chunk)
@@ -58,19 +68,25 @@ def prompt_bytes(config: Config, tokens: int, patches: int, chunk: int, itemsize
     recurrence = 4 * (12 * text.conv_dim + 8 * values + 6 * CHUNK * text.linear_num_value_heads)
     widest = max(text.intermediate_size, text.num_experts_per_tok * text.moe_intermediate_size)
     activations = itemsize * (4 * widest + 8 * text.hidden_size)
-    scores = min(SCORE_BYTES, 4 * text.num_attention_heads * rows * tokens)
-    working = rows * (recurrence + activations) + scores + _vision_bytes(config, patches, itemsize)
-    return 2 * kv_bytes(text, tokens, itemsize) + 2 * state_bytes(text) + working
+    scores = _score_bytes(text.num_attention_heads * rows * tokens)
+    working = rows * (recurrence + activations) + scores + _vision_bytes(config, grids, itemsize)
+    cache = kv_bytes(text, max(tokens, GROWTH) + GROWTH, itemsize) + 2 * state_bytes(text)
+    return cache + working
 
 
-def _vision_bytes(config: Config, patches: int, itemsize: int) -> int:
-    """One layer of the tower on as many patches as run at once, and what it gives."""
+def _score_bytes(scores: int) -> int:
+    """Scores and their softmax, as far as they are made at once."""
+    return 2 * min(SCORE_BYTES, 4 * scores)
+
+
+def _vision_bytes(config: Config, grids: Sequence[Grid], itemsize: int) -> int:
+    """One layer of the tower on the patches that run at once, and what it gives."""
     vision = config.vision
-    if vision is None or patches == 0:
+    if vision is None or not grids:
         return 0
-    rows = min(patches, PATCHES_AT_ONCE)
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    layer = rows * itemsize * (4 * vision.intermediate_size + 12 * vision.hidden_size)
-    layer += rows * (4 + itemsize) * pixels
-    scores = 2 * min(SCORE_BYTES, 4 * vision.num_heads * rows * rows)
-    return layer + scores + patches * itemsize * config.text.hidden_size // 2
+    rows = max(slices_at_once(gh * gw, t) * gh * gw for t, gh, gw in grids)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    layer = itemsize * (4 * vision.intermediate_size + 12 * vision.hidden_size + patch) + 4 * patch
+    scores = _score_bytes(vision.num_heads * rows * max(gh * gw for _, gh, gw in grids))
+    seen = sum(t * gh * gw for t, gh, gw in grids) // vision.spatial_merge_size**2
+    return rows * layer + scores + 2 * seen * itemsize * config.text.hidden_size

@@ -1,5 +1,7 @@
-"""What an application sees: events, reasons to stop, threads, refusals; on the demonstration model."""
+"""What an application sees: events, reasons to stop, threads and refusals."""
 
+import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from PIL import Image
 import qwen35_mlx
 import tiny
 from qwen35_mlx import Finish, Qwen35, Reasoning, Sampling, Text, ToolCall, api, engine, memory
-from qwen35_mlx.errors import InputError, OutOfMemory
+from qwen35_mlx.errors import InputError, ModelError, OutOfMemory
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GREEDY = Sampling(temperature=0)
@@ -180,9 +182,43 @@ def test_what_does_not_fit_is_refused_before_it_runs(
 ) -> None:
     prompt = model.prompt("Hello")
     monkeypatch.setattr(memory, "available", lambda: 100_000)
-    for use in (model.stream, model.logits):
-        with pytest.raises(OutOfMemory, match="a prompt of"):
-            use(prompt)
+    with pytest.raises(OutOfMemory, match="a prompt of .* tokens: needs"):
+        model.stream(prompt)
+    with pytest.raises(OutOfMemory, match="tokens and an answer of 9: needs"):
+        model.stream(prompt, max_tokens=9)
+    with pytest.raises(OutOfMemory, match="rows of logits"):
+        model.logits(prompt)
+
+
+def test_memory_limits_the_answer_nobody_limited(
+    model: Qwen35, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = model.prompt("Hello")
+    per_token = 2 * memory.kv_bytes(model.config.text, 1, 2)
+    needed = model._prompt_bytes(prompt)
+    monkeypatch.setattr(memory, "available", lambda: needed + 3 * per_token)
+    finish = list(model.stream(prompt, sampling=GREEDY))[-1]
+    assert finish.reason == "length" and finish.usage.generated_tokens == 3
+
+
+def test_tools_beside_a_finished_prompt_are_refused(model: Qwen35) -> None:
+    with pytest.raises(InputError, match="Give them to prompt"):
+        model.stream(model.prompt("Hello"), tools=[WEATHER])
+
+
+def test_preprocessor_files_of_another_model_are_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(EXAMPLES / "demo-model", tmp_path / "m")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"patch_size": 14}))
+    with pytest.raises(ModelError, match=r"\(14, 2, 2\); config.json says \(16, 2, 2\)"):
+        qwen35_mlx.load(folder).prompt(picture_question())
+
+
+def test_token_ids_outside_the_model_are_refused(model: Qwen35) -> None:
+    tokens = np.array([5, 5000], np.int32)
+    prompt = qwen35_mlx.Prompt(tokens, np.zeros((3, 2), np.int32), 0)
+    with pytest.raises(InputError, match="token 5000; the model has 1024"):
+        model.stream(prompt)
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"stop": [""]}, {"stop": "abc"}])
@@ -200,7 +236,8 @@ def test_a_text_only_model_refuses_pictures_and_reads_text(model: Qwen35, tmp_pa
     prompt = model.prompt(picture_question())
     with pytest.raises(InputError, match="no vision tower"):
         blind.stream(prompt)
-    assert blind.logits(model.prompt("Hello"), last=2).shape == (2, 389)
+    words = qwen35_mlx.Prompt(np.arange(5, dtype=np.int32), np.zeros((3, 5), np.int32), 0)
+    assert blind.logits(words, last=2).shape == (2, 389)
 
 
 def test_the_recommended_sampling_is_the_folders_own_for_an_unknown_size(model: Qwen35) -> None:

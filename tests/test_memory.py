@@ -11,6 +11,7 @@ import tiny
 from qwen35_mlx import config, engine, family, memory
 from qwen35_mlx.cache import Cache
 from qwen35_mlx.errors import OutOfMemory
+from qwen35_mlx.layers import vision
 
 
 @pytest.mark.parametrize("size", family.SIZES, ids=lambda size: size.name)
@@ -39,14 +40,16 @@ def test_reading_a_prompt_stays_within_its_estimate(
     mx.reset_peak_memory()
     engine.read_prompt(model.model, prompt, Cache(model.config.text))
     used = mx.get_peak_memory() - before
-    announced = memory.prompt_bytes(model.config, T, 0, engine.CHUNK, 4)
+    announced = memory.prompt_bytes(model.config, T, [], engine.CHUNK, 4)
     assert announced / 3 < used < announced
 
 
+@pytest.mark.parametrize("at_once", [vision.PATCHES_AT_ONCE, 200])
 @pytest.mark.parametrize("grid", [(1, 20, 24), (3, 16, 12)])
 def test_looking_at_a_picture_stays_within_its_estimate(
-    grid: tuple[int, int, int], tmp_path: Path
+    grid: vision.Grid, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vision, "PATCHES_AT_ONCE", at_once)
     values = tiny.CONFIGS["dense"]
     model = qwen35_mlx.load(tiny.write(tmp_path, values, tiny.draw(values)))
     patches = np.zeros((grid[0] * grid[1] * grid[2], 1536), np.float32)
@@ -55,8 +58,8 @@ def test_looking_at_a_picture_stays_within_its_estimate(
     mx.reset_peak_memory()
     mx.eval(model.model.see(patches, grid))
     used = mx.get_peak_memory() - before
-    whole = memory.prompt_bytes(model.config, 1, len(patches), engine.CHUNK, 4)
-    announced = whole - memory.prompt_bytes(model.config, 1, 0, engine.CHUNK, 4)
+    whole = memory.prompt_bytes(model.config, 1, [grid], engine.CHUNK, 4)
+    announced = whole - memory.prompt_bytes(model.config, 1, [], engine.CHUNK, 4)
     assert announced / 4 < used < announced
 
 

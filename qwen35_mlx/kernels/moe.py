@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+from ..config import Format
+
 # From this many (token, expert) pairs on, rows sorted by expert read each matrix once.
 SORT_FROM = 64
 
@@ -19,48 +21,45 @@ def route(logits: mx.array, K: int) -> tuple[mx.array, mx.array]:
     return chosen, weights / weights.sum(-1, keepdims=True)
 
 
-class Packed:
-    """One stack of E matrices `[E, out, in]`, plain or packed by `mx.quantize`."""
+def grouped_matmul(
+    x: mx.array,
+    chosen: mx.array,
+    is_sorted: bool,
+    weight: mx.array,
+    scales: mx.array | None = None,
+    biases: mx.array | None = None,
+    packing: Format | None = None,
+) -> mx.array:
+    """`x [..., 1, in]` times the matrix that `chosen [...]` names -> `[..., 1, out]`, type of x.
 
-    def __init__(
-        self,
-        weight: mx.array,
-        scales: mx.array | None = None,
-        biases: mx.array | None = None,
-        group_size: int = 0,
-        bits: int = 0,
-        mode: str = "affine",
-    ) -> None:
-        self.weight, self.scales, self.biases = weight, scales, biases
-        self.group_size, self.bits, self.mode = group_size, bits, mode
-
-    def __call__(self, x: mx.array, chosen: mx.array, is_sorted: bool) -> mx.array:
-        """`x [..., 1, in]` times the matrix that `chosen [...]` names -> `[..., 1, out]`."""
-        kind = x.dtype
-        if mx.default_device().type == mx.DeviceType.cpu:
-            # MLX's CPU gather_mm knows f32 only, and its gather_qmm sums in the type of x.
-            kind = mx.float32
-        y = self._product(x.astype(kind), chosen, is_sorted, kind)
-        return y.astype(x.dtype)
-
-    def _product(self, x: mx.array, chosen: mx.array, is_sorted: bool, kind: mx.Dtype) -> mx.array:
-        if self.scales is None:
-            weight = self.weight.swapaxes(-1, -2).astype(kind)
-            return mx.gather_mm(x, weight, rhs_indices=chosen, sorted_indices=is_sorted)
+    weight: `[E, out, in]`, or packed with scales and biases as `mx.quantize` gives them.
+    """
+    kind = x.dtype
+    if mx.default_device().type == mx.DeviceType.cpu:
+        # MLX's CPU gather_mm knows f32 only, and its gather_qmm sums in the type of x.
+        x = x.astype(mx.float32)
+    if scales is None or packing is None:
+        if weight.dtype != x.dtype and chosen.size < weight.shape[0]:
+            # Fewer matrices than there are: only these are converted.
+            y = x @ weight[chosen].astype(x.dtype).swapaxes(-1, -2)
+        else:
+            stack = weight.astype(x.dtype).swapaxes(-1, -2)
+            y = mx.gather_mm(x, stack, rhs_indices=chosen, sorted_indices=is_sorted)
+        return y.astype(kind)
+    y = mx.gather_qmm(
+        x,
+        weight,
         # Scales of the float formats are bytes without biases; only affine ones follow x.
-        affine = self.biases is not None
-        return mx.gather_qmm(
-            x,
-            self.weight,
-            self.scales.astype(kind) if affine else self.scales,
-            self.biases.astype(kind) if self.biases is not None else None,
-            rhs_indices=chosen,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            sorted_indices=is_sorted,
-        )
+        scales if biases is None else scales.astype(x.dtype),
+        None if biases is None else biases.astype(x.dtype),
+        rhs_indices=chosen,
+        transpose=True,
+        group_size=packing.group_size,
+        bits=packing.bits,
+        mode=packing.mode,
+        sorted_indices=is_sorted,
+    )
+    return y.astype(kind)
 
 
 def by_expert(chosen: mx.array) -> tuple[mx.array, mx.array, mx.array]:

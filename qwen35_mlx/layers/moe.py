@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from ..config import Format, TextConfig
 from ..kernels.fused import swiglu
-from ..kernels.moe import SORT_FROM, Packed, by_expert, route
+from ..kernels.moe import SORT_FROM, by_expert, grouped_matmul, route
 from .mlp import MLP
 
 
@@ -26,11 +26,15 @@ class GroupedLinear(nn.Module):
 
     def __call__(self, x: mx.array, chosen: mx.array, is_sorted: bool) -> mx.array:
         """x: `[..., 1, in]`, chosen: `[...]` -> `[..., 1, out]`."""
-        p = self.packing
-        if p is None:
-            return Packed(self.weight)(x, chosen, is_sorted)
-        stack = Packed(self.weight, self.scales, self.get("biases"), p.group_size, p.bits, p.mode)
-        return stack(x, chosen, is_sorted)
+        return grouped_matmul(
+            x,
+            chosen,
+            is_sorted,
+            self.weight,
+            self.get("scales"),
+            self.get("biases"),
+            self.packing,
+        )
 
 
 class Experts(nn.Module):

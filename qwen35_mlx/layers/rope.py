@@ -1,6 +1,7 @@
 """Rotary position embedding on the first dims of a head, with one position per axis (T, H, W)."""
 
 import math
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -32,6 +33,7 @@ class Rotation:
         return mx.concatenate([a.astype(x.dtype), b.astype(x.dtype), rest], axis=-1)
 
 
+@lru_cache
 def _pairs(rope: Rope) -> tuple[np.ndarray, np.ndarray]:
     """Axis `[pairs]` int32 and frequency `[pairs]` f32 of each pair of rotary dims."""
     pairs = rope.rotary_dim // 2

@@ -13,6 +13,13 @@ ROPE_THETA = 10000.0
 # Slices of a clip do not see each other: a long clip runs in groups of about this many patches.
 PATCHES_AT_ONCE = 16384
 
+Grid = tuple[int, int, int]  # temporal slices, rows and columns of patches
+
+
+def slices_at_once(patches: int, t: int) -> int:
+    """How many of t slices of so many patches each the tower runs together."""
+    return max(1, min(t, PATCHES_AT_ONCE // patches))
+
 
 class PatchEmbed(nn.Module):
     """Linear map of a flat patch (channel, time, y, x); in checkpoints a 3-D convolution."""
@@ -99,7 +106,7 @@ class VisionTower(nn.Module):
         self.blocks = [VisionBlock(config) for _ in range(config.depth)]
         self.merger = PatchMerger(config)
 
-    def __call__(self, patches: np.ndarray, grid: tuple[int, int, int]) -> mx.array:
+    def __call__(self, patches: np.ndarray, grid: Grid) -> mx.array:
         """patches: `[N, C * tp * p * p]` f32 in merge-block order, N = t gh gw; grid: (t, gh, gw).
 
         Returns: `[N / 4, out_hidden_size]` in the tower's type. Evaluated group by group.
@@ -109,7 +116,7 @@ class VisionTower(nn.Module):
         positions = self._positions(row, column, gh, gw)
         cos, sin = self._angles(row, column)
         slices = patches.reshape(t, gh * gw, -1)
-        step = max(1, PATCHES_AT_ONCE // (gh * gw))
+        step = slices_at_once(gh * gw, t)
         rows = []
         for start in range(0, t, step):
             x = mx.array(slices[start : start + step]).astype(positions.dtype)
@@ -137,7 +144,8 @@ class VisionTower(nn.Module):
         ):
             corner = self.pos_embed(mx.array(table_row * side + table_column))
             total = total + corner.astype(mx.float32) * mx.array(weight)[:, None]
-        return total.astype(self.pos_embed.weight.dtype)
+        # Of a norm: the table itself may be packed, and its weights integers.
+        return total.astype(self.merger.norm.weight.dtype)
 
     def _angles(self, row: np.ndarray, column: np.ndarray) -> tuple[mx.array, mx.array]:
         """cos and sin `[n, D / 2]`: half of the pairs turns by row, half by column."""
