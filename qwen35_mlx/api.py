@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
 from . import config as configuration
 from . import engine, family, loader, memory, prompt
@@ -220,11 +221,21 @@ class Qwen35:
                 f"prompt: holds a picture; {self.folder} has no vision tower. "
                 "Use a folder that was converted with it."
             )
-        largest = int(prompt.tokens.max())
-        if largest >= self.config.text.vocab_size or int(prompt.tokens.min()) < 0:
+        vocab = self.config.text.vocab_size
+        strange = prompt.tokens[(prompt.tokens < 0) | (prompt.tokens >= vocab)]
+        if strange.size:
             raise InputError(
-                f"prompt: token {largest}; the model has {self.config.text.vocab_size}. "
+                f"prompt: token {strange[0]}; the model has 0 to {vocab - 1}. "
                 "Use the tokenizer of this folder."
+            )
+        pads = (self.config.image_token_id, self.config.video_token_id)
+        places = int(np.isin(prompt.tokens, pads).sum())
+        merge = self.config.vision.spatial_merge_size**2 if self.config.vision else 1
+        rows = sum(len(medium.patches) for medium in prompt.media) // merge
+        if places != rows:
+            raise InputError(
+                f"prompt: {places} placeholders for {rows} rows of pictures. "
+                "Make the prompt with this model's own prompt()."
             )
 
     def _prompt_bytes(self, prompt: Prompt) -> int:
@@ -242,8 +253,8 @@ class Qwen35:
         if max_tokens is None:
             memory.require(needed, f"a prompt of {T:,} tokens", SHORTEN)
             return max(1, min(MAX_TOKENS, room, (memory.available() - needed) // per_token))
-        if max_tokens < 1:
-            raise InputError(f"max_tokens: {max_tokens}; expected at least 1.")
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(f"max_tokens: {max_tokens!r}; expected a whole number from 1 up.")
         budget = min(max_tokens, room)
         what = f"a prompt of {T:,} tokens and an answer of {budget:,}"
         memory.require(needed + per_token * budget, what, SHORTEN)
@@ -261,12 +272,13 @@ class Qwen35:
         clock, parser = engine.Clock(), OutputParser(prompt.thinking, prompt.tools)
         words, ids = self.tokenizer.detokenizer(), self._stop_ids
         mx.reset_peak_memory()
+        cache = Cache(self.config.text, capacity=len(prompt.tokens) + GROWTH)
         tokens = engine.generate(
             self.model,
             prompt,
             Sampler(sampling, self.tokenizer.vocab_size, prompt.tokens),
             max_tokens=budget,
-            cache=Cache(self.config.text, capacity=len(prompt.tokens) + GROWTH),
+            cache=cache,
             clock=clock,
             progress=_staged("prompt", progress),
             cancel=cancel,
@@ -294,7 +306,8 @@ class Qwen35:
             yield event
         if called and reason == "stop":
             reason = "tool_calls"
-        yield Finish(reason, _usage(len(prompt.tokens), count, clock))
+        read = min(cache.length, len(prompt.tokens))  # fewer when it was cancelled
+        yield Finish(reason, _usage(read, count, clock))
 
     @cached_property
     def _processors(self) -> tuple[ImageProcessor, VideoProcessor]:

@@ -13,6 +13,7 @@ DENSE = ("qwen3_5", "qwen3_5_text")
 SPARSE = ("qwen3_5_moe", "qwen3_5_moe_text")
 # Packed formats of `mx.quantize`: the last three fix their own bits and group size.
 MODES = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ def _format(block: Section, default: Format | None) -> Format:
             f"expected {fixed[0]} bits and group {fixed[1]}."
         )
     if mode == "affine" and (
-        found.bits not in (2, 3, 4, 5, 6, 8) or found.group_size not in (32, 64, 128)
+        found.bits not in AFFINE_BITS or found.group_size not in AFFINE_GROUPS
     ):
         raise ModelError(
             f"{block.where}: {found.bits} bits in groups of {found.group_size}; "

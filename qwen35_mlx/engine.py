@@ -28,7 +28,6 @@ class Clock:
     start: float = field(default_factory=time.perf_counter)
     prompt_done: float = 0.0
     first_token: float = 0.0
-    end: float = 0.0
 
     def now(self) -> float:
         return time.perf_counter() - self.start

@@ -8,8 +8,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import checkpoint, family, memory
-from .config import Config, Format, Quantization
-from .errors import ModelError
+from .config import AFFINE_BITS, AFFINE_GROUPS, MODES, Config, Format, Quantization
+from .errors import InputError, ModelError
 from .layers.moe import GroupedLinear
 from .model import Model
 
@@ -26,8 +26,11 @@ def load(
 
     dtype: of matrices and activations. None: the folder's own, or f32 for a packed folder without
     a GPU. progress: bytes done, in all.
-    Raises: ModelError naming a missing, extra or misshapen tensor; OutOfMemory before reading.
+    Raises: InputError for another dtype; ModelError naming a missing, extra or misshapen tensor;
+    OutOfMemory before reading.
     """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise InputError(f"dtype: {dtype!r}; expected mlx.core's {', '.join(DTYPES)}, or None.")
     stored = checkpoint.entries(folder)
     dtype = dtype or _own_dtype(config)
     _require_memory(folder, config, stored, dtype)
@@ -118,14 +121,16 @@ def _measured(
 ) -> Format:
     """Bits and group size as the packed widths have them; the configuration may omit overrides."""
     weight, scales = arrays.get(f"{path}.weight"), arrays[f"{path}.scales"]
-    if weight is None or weight.dtype != mx.uint32:
+    if weight is None or weight.dtype != mx.uint32 or min(weight.ndim, scales.ndim) < 2:
         raise ModelError(f"{folder}: {path}.scales without packed weights. Convert it again.")
     bits, bits_left = divmod(32 * weight.shape[-1], columns)
     group, group_left = divmod(columns, max(scales.shape[-1], 1))
-    if bits_left or group_left or bits not in (2, 3, 4, 5, 6, 8) or group not in (16, 32, 64, 128):
+    fixed = MODES[declared.mode]
+    known = (bits, group) == fixed if fixed else bits in AFFINE_BITS and group in AFFINE_GROUPS
+    if bits_left or group_left or not known:
         raise ModelError(
             f"{folder}: {path}.weight {weight.shape} with scales {scales.shape}; "
-            f"no packing of {columns} columns has these widths. Convert the folder again."
+            f"no {declared.mode} packing of {columns} columns has these widths. Convert it again."
         )
     return Format(declared.mode, bits, group)
 
@@ -143,7 +148,8 @@ def _replace(model: Model, path: str, module: nn.Module, packing: Format) -> Non
 
 
 def _compare(model: Model, arrays: Mapping[str, mx.array], folder: Path) -> None:
-    expected = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
+    parameters = dict(tree_flatten(model.parameters()))
+    expected = {name: value.shape for name, value in parameters.items()}
     for name in sorted(expected.keys() - arrays.keys()):
         raise ModelError(
             f"{folder}: {name} is missing; expected a tensor of shape {expected[name]}. "
@@ -159,4 +165,11 @@ def _compare(model: Model, arrays: Mapping[str, mx.array], folder: Path) -> None
             raise ModelError(
                 f"{folder}: {name} has shape {arrays[name].shape}; config.json expects {shape}. "
                 "Check that both are of one model."
+            )
+        wanted, found = parameters[name].dtype, arrays[name].dtype
+        packed = wanted in (mx.uint32, mx.uint8)
+        if found != wanted if packed else not mx.issubdtype(found, mx.floating):
+            raise ModelError(
+                f"{folder}: {name} holds {found}; expected {wanted if packed else 'floats'}. "
+                "Download or convert the folder again."
             )

@@ -28,6 +28,9 @@ _BLOCK = 128
 _STEEPEST = 1e38
 
 
+LARGEST = 1e30  # of any of the values; far beyond what changes anything
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to draw tokens. A value that is left at its "off" setting costs nothing.
@@ -59,7 +62,13 @@ class Sampling:
         self._require("top_p", "above 0 and at most 1", "Use 1 for no limit.", above=0.0, high=1.0)
         self._require("min_p", "0 to 1", "Use 0 for no limit.", low=0.0, high=1.0)
         self._require("presence_penalty", "-2 to 2", "Use 0 for none.", low=-2.0, high=2.0)
-        self._require("repetition_penalty", "a number above 0", "Use 1 for none.", above=0.0)
+        self._require(
+            "repetition_penalty",
+            "above 0 and at most 100",
+            "Use 1 for none.",
+            above=0.0,
+            high=100.0,
+        )
         self._require_integer("top_k", 2**31 - 1, "Use 0 for no limit.")
         if self.seed is not None:
             self._require_integer("seed", 2**64 - 1, "Use None for a random one.")
@@ -75,7 +84,8 @@ class Sampling:
     ) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not (low <= value <= high and value > above):
+        # Compared, not converted: an int may be too large for a float. NaN compares false.
+        if not number or not (low <= value <= high and value > above and abs(value) < LARGEST):
             raise InputError(f"sampling: {name} is {value!r}; expected {expected}. {remedy}")
 
     def _require_integer(self, name: str, high: int, remedy: str) -> None:

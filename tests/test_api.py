@@ -1,5 +1,6 @@
 """What an application sees: events, reasons to stop, threads and refusals."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -217,11 +218,38 @@ def test_preprocessor_files_of_another_model_are_refused(tmp_path: Path) -> None
 def test_token_ids_outside_the_model_are_refused(model: Qwen35) -> None:
     tokens = np.array([5, 5000], np.int32)
     prompt = qwen35_mlx.Prompt(tokens, np.zeros((3, 2), np.int32), 0)
-    with pytest.raises(InputError, match="token 5000; the model has 1024"):
+    with pytest.raises(InputError, match="token 5000; the model has 0 to 1023"):
         model.stream(prompt)
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"stop": [""]}, {"stop": "abc"}])
+def test_a_cancelled_prompt_counts_what_was_read(
+    model: Qwen35, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CHUNK", 4)
+    cancel = threading.Event()
+    options: dict[str, Any] = {"cancel": cancel, "progress": lambda _: cancel.set()}
+    *_, finish = model.stream("A question of more than four tokens", **options)
+    assert finish.reason == "cancelled"
+    assert finish.usage.prompt_tokens == 4 and finish.usage.generated_tokens == 0
+
+
+def test_a_prompt_of_another_model_is_refused(model: Qwen35) -> None:
+    prompt = model.prompt(picture_question())
+    moved = dataclasses.replace(
+        prompt, tokens=np.where(prompt.tokens == model.config.image_token_id, 7, prompt.tokens)
+    )
+    with pytest.raises(InputError, match="0 placeholders for 9 rows"):
+        model.stream(moved)
+
+
+def test_a_dtype_that_is_no_float_is_refused() -> None:
+    with pytest.raises(InputError, match="dtype"):
+        qwen35_mlx.load(EXAMPLES / "demo-model", dtype=mx.int32)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 0}, {"max_tokens": 1.5}, {"stop": [""]}, {"stop": "abc"}]
+)
 def test_values_that_mean_nothing_are_refused_at_once(
     model: Qwen35, options: dict[str, Any]
 ) -> None:
