@@ -29,6 +29,6 @@ calls = [
 messages.append({"role": "assistant", "content": result.text, "tool_calls": calls})
 for call in result.tool_calls:
     print(f"{call.name}({call.arguments})")
-    weather = "sunny, 21 degrees"  # a real program would look it up
+    weather = "foggy, 5 degrees"  # a real program would look it up
     messages.append({"role": "tool", "tool_call_id": call.id, "content": weather})
 print(model.generate(messages, tools=TOOLS, thinking=False).text)

@@ -8,23 +8,17 @@
 Nothing here prints or exits; every exception raised on purpose is a `Qwen35Error`.
 """
 
+import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# On the newest GPUs MLX would round the operands of f32 products to 10 bits of fraction; the
-# recurrent state needs all 23. MLX reads this once, when it first multiplies.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
-
-_root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file():
-    # A bare checkout: `convert` and `metal` lie beside the package, not in it.
-    __path__.append(str(_root))
-
-from .api import Finish, Progress, Qwen35, Result, Usage, load  # noqa: E402
-from .errors import Cancelled, InputError, ModelError, OutOfMemory, Qwen35Error  # noqa: E402
-from .parse import Reasoning, Text, ToolCall  # noqa: E402
-from .prompt import Prompt  # noqa: E402
-from .sampling import Sampling  # noqa: E402
+if TYPE_CHECKING:
+    from .api import Finish, Progress, Qwen35, Result, Usage, load
+    from .errors import Cancelled, InputError, ModelError, OutOfMemory, Qwen35Error
+    from .parse import Reasoning, Text, ToolCall
+    from .prompt import Prompt
+    from .sampling import Sampling
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,3 +39,22 @@ __all__ = [
     "Usage",
     "load",
 ]
+
+# On the newest GPUs MLX would round the operands of f32 products to 10 bits of fraction; the
+# recurrent state needs all 23. MLX reads this once, when it first multiplies.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file():
+    # A bare checkout: `convert` and `metal` lie beside the package, not in it.
+    __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first used: the command is there before MLX is."""
+    if name in __all__:
+        for module in ("errors", "parse", "sampling", "prompt", "api"):
+            found = importlib.import_module(f".{module}", __name__)
+            if name in vars(found):
+                return vars(found)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
