@@ -60,7 +60,10 @@ def typed(raw: str, key: str, schema: Mapping[str, Any]) -> Any:
     """
     properties = schema.get("properties")
     own = properties.get(key) if isinstance(properties, Mapping) else None
-    allowed = _types(own, schema, set()) or set(_READERS)
+    try:
+        allowed = _types(own, schema, set()) or set(_READERS)
+    except RecursionError:  # a schema nested this deep must not end a stream
+        allowed = set(_READERS)
     text = raw.strip()
     for name, read in _READERS.items():
         if name in allowed:
@@ -96,7 +99,8 @@ def _types(schema: Any, root: Mapping[str, Any], followed: set[str]) -> set[str]
     elif branches := schema.get("anyOf") or schema.get("oneOf"):
         found = _union(branches, root, followed)
     elif branches := schema.get("allOf"):
-        known = (_types(branch, root, followed) for branch in branches)
+        listed = branches if isinstance(branches, list) else ()
+        known = (_types(branch, root, followed) for branch in listed)
         found = next((names for names in known if names), None)
     elif "properties" in schema or "items" in schema:
         found = {"object" if "properties" in schema else "array"}

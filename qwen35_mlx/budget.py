@@ -13,19 +13,17 @@ from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
 
 STEPS = 2_000_000  # for a template alone; each character of input adds a few
-STEPS_PER_CHARACTER = (
-    4  # a real template reads each text some twenty times, at 1/16 step a character
-)
+# A real template reads each text some twenty times, at 1/16 step a character.
+STEPS_PER_CHARACTER = 4
 CHARACTERS_PER_STEP = 16
 NODES_PER_STEP = 4
 
-TAGS = """
+_TAG_NAMES = """
     Template Output TemplateData For If Macro CallBlock FilterBlock With Assign AssignBlock ExprStmt
     Name NSRef Const Tuple List Dict Pair Keyword CondExpr Filter Test Call Getitem Getattr Slice
     Concat Compare Operand Mul Div FloorDiv Add Sub Mod Pow And Or Not Neg Pos Continue Break
 """
-_TAGS = frozenset(TAGS.split())
-WALKED = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
+_TAGS = frozenset(_TAG_NAMES.split())
 WALKED = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 

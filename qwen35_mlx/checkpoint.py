@@ -5,6 +5,7 @@ additions: expert stacks end in `.weight`, and packed matrices have `.scales` an
 """
 
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +15,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from .errors import ModelError
+from .files import Section, is_whole, read_json
 
 INDEX = "model.safetensors.index.json"
 HEADER_BYTES = 256 << 20
+AXES, LONGEST_AXIS = 8, (1 << 31) - 1  # MLX counts along an axis in 32 bits
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
     "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -27,8 +30,8 @@ ZERO_CENTRED = re.compile(
     r"(input_layernorm|post_attention_layernorm|q_norm|k_norm|language_model\.norm|mtp\.norm"
     r"|pre_fc_norm_embedding|pre_fc_norm_hidden)\.weight$"
 )
-KEPT_F32 = re.compile(r"(linear_attn\.(A_log|dt_bias|norm\.weight|conv1d\.weight))$")
-LOOSE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+KEPT_F32 = re.compile(r"linear_attn\.(A_log|dt_bias|norm\.weight|conv1d\.weight)$")
+LOOSE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.([0-9]{1,6})\.(gate|up|down)_proj\.weight$")
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,8 @@ def entries(folder: Path) -> dict[str, Entry]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        items = list(weight_map.items())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise ModelError(
-            f"{index}: not an index; expected JSON with a weight_map. Download it again."
-        ) from None
-    for tensor, name in items:
+    weight_map = Section(read_json(index), str(index)).section("weight_map").values
+    for tensor, name in weight_map.items():
         # A plain name: an index must not lead out of the folder it lies in.
         plain = isinstance(name, str) and re.fullmatch(r"[\w][\w.\-]*\.safetensors", name)
         if not plain:
@@ -93,7 +90,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise ModelError(
                 f"{index.parent}: {name} is missing; {INDEX} names it. Download the folder again."
             )
-    return dict(items)
+    return weight_map
 
 
 def header(path: Path) -> dict[str, Entry]:
@@ -119,31 +116,41 @@ def header(path: Path) -> dict[str, Entry]:
         raise broken("its header is not JSON") from None
     if not isinstance(values, dict):
         raise broken("its header is not a JSON object")
+    notes = values.pop("__metadata__", None) or {}  # MLX writes null for none
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise broken("its __metadata__ is no object of texts")
     found: dict[str, Entry] = {}
-    end = 0
+    spans: list[tuple[int, int, str]] = []
     for name, value in values.items():
-        if name == "__metadata__":
-            continue
         try:
             begin, stop = value["data_offsets"]
-            shape = tuple(int(n) for n in value["shape"])
-            dtype = value["dtype"]
-            nbytes = ITEM_BYTES[dtype]
+            shape, dtype = value["shape"], value["dtype"]
+            usable = isinstance(shape, list) and all(map(is_whole, (begin, stop, *shape)))
+            if not usable or len(shape) > AXES or max(shape, default=0) > LONGEST_AXIS:
+                raise ValueError
+            nbytes = ITEM_BYTES[dtype] * math.prod(shape)
         except (KeyError, TypeError, ValueError):
             raise broken(f"{name} has no usable dtype, shape and offsets") from None
-        for n in shape:
-            nbytes *= n
-        if min(shape, default=0) < 0 or begin < 0 or stop - begin != nbytes:
+        if stop - begin != nbytes:
             raise broken(f"{name} spans {stop - begin} bytes; its shape needs {nbytes}")
-        end = max(end, stop)
-        found[name] = Entry(path, dtype, shape, nbytes)
+        spans.append((begin, stop, name))
+        found[name] = Entry(path, dtype, tuple(shape), nbytes)
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise broken(f"{name} begins at byte {begin}; the one before it ends at {end}")
+        end = stop
     if end != size - 8 - length:
         raise broken(f"holds {size} bytes; its header describes {8 + length + end}")
     return found
 
 
 def is_mlx(stored: Mapping[str, Entry], folder: Path) -> bool:
-    """True for mlx-community's names, False for Hugging Face's; they fix how norms are stored."""
+    """True for mlx-community's names, False for Hugging Face's; they fix how norms are stored.
+
+    Names decide because nothing else does: the config.json of an unquantised mlx folder is that of
+    the folder it was made from. `read` compares the axes of the convolutions with the answer.
+    """
     if any(name.startswith("language_model.") for name in stored):
         return True
     if any(name.startswith(("model.language_model.", "model.layers.")) for name in stored):
@@ -160,19 +167,47 @@ def read(folder: Path, stored: Mapping[str, Entry], dtype: mx.Dtype) -> dict[str
 
     stored: what `entries` found. MTP tensors of an mlx-community folder are left out: nothing in
     such a folder declares whether its norms include the 1.
-    Raises: ModelError for a dtype this runtime does not read.
+    Raises: ModelError for a dtype this runtime does not read, or a tensor that has not the axes of
+    the folder's layout.
     """
+    mlx = is_mlx(stored, folder)
     for name, entry in stored.items():
         if entry.dtype not in READABLE:
             raise ModelError(
                 f"{entry.file}: {name} is {entry.dtype}; expected one of {', '.join(READABLE)}. "
                 "Convert the folder first."
             )
+        _check_axes(name, entry, mlx)
     raw: dict[str, mx.array] = {}
     for file in sorted({entry.file for entry in stored.values()}):
         raw |= _lazy(file)
-    arrays = _from_mlx(raw) if is_mlx(stored, folder) else _from_hugging_face(raw)
+    arrays = _from_mlx(raw, folder) if mlx else _from_hugging_face(raw, folder)
     return {name: _typed(name, value, dtype) for name, value in arrays.items()}
+
+
+def _check_axes(name: str, entry: Entry, mlx: bool) -> None:
+    """The tensors that are turned or joined below have as many axes as that needs."""
+    shape = entry.shape
+    advice = "Download or convert the folder again"
+    if name.endswith("conv1d.weight"):
+        fits = len(shape) == 3 and shape[2 if mlx else 1] == 1
+        expected = "[C, K, 1]" if mlx else "[C, 1, K]"
+        if not fits and len(shape) == 3 and shape[1 if mlx else 2] == 1:
+            theirs, ours = ("Hugging Face's", "MLX's") if mlx else ("MLX's", "Hugging Face's")
+            advice = f"The axes are {theirs}, the names {ours}: convert the folder again"
+    elif name.endswith("patch_embed.proj.weight"):
+        fits = len(shape) == 5 and min(shape) > 0
+        expected = "[H, T, P, P, C]" if mlx else "[H, C, T, P, P]"
+    elif ".switch_mlp." in name:
+        fits, expected = len(shape) == 3, "three axes"
+    elif LOOSE_EXPERT.match(name):
+        fits, expected = len(shape) == 2, "two axes"
+    else:
+        return
+    if not fits:
+        raise ModelError(
+            f"{entry.file}: {name} has shape {list(shape)}; expected {expected}. {advice}."
+        )
 
 
 def _lazy(file: Path) -> dict[str, mx.array]:
@@ -181,9 +216,9 @@ def _lazy(file: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _from_hugging_face(raw: dict[str, mx.array]) -> dict[str, mx.array]:
+def _from_hugging_face(raw: dict[str, mx.array], folder: Path) -> dict[str, mx.array]:
     arrays = {}
-    for name, value in _stacked(raw).items():
+    for name, value in _stacked(raw, folder).items():
         if name.startswith("model.") and not name.startswith(("model.language", "model.visual")):
             name = "model.language_model." + name.removeprefix("model.")  # a text-only folder
         if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
@@ -198,7 +233,7 @@ def _from_hugging_face(raw: dict[str, mx.array]) -> dict[str, mx.array]:
     return arrays
 
 
-def _stacked(raw: dict[str, mx.array]) -> dict[str, mx.array]:
+def _stacked(raw: dict[str, mx.array], folder: Path) -> dict[str, mx.array]:
     """Loose experts joined as `gate_up_proj [E, 2 Im, H]` and `down_proj [E, H, Im]`."""
     arrays: dict[str, mx.array] = {}
     loose: dict[str, dict[tuple[int, str], mx.array]] = {}
@@ -212,15 +247,26 @@ def _stacked(raw: dict[str, mx.array]) -> dict[str, mx.array]:
         count = 1 + max(expert for expert, _ in parts)
         for expert in range(count):
             for kind in ("gate", "up", "down"):
+                name = f"{prefix}.{expert}.{kind}_proj.weight"
                 if (expert, kind) not in parts:
-                    raise ModelError(f"{prefix}.{expert}.{kind}_proj.weight is missing.")
+                    raise ModelError(
+                        f"{folder}: {name} is missing; expected all of {count} experts. "
+                        "Download the folder again."
+                    )
+                rows, columns = parts[0, "gate"].shape
+                expected = (columns, rows) if kind == "down" else (rows, columns)
+                if (found := parts[expert, kind].shape) != expected:
+                    raise ModelError(
+                        f"{folder}: {name} has shape {list(found)}; expected {list(expected)} "
+                        "as the first expert's. Download the folder again."
+                    )
         both = [mx.concatenate([parts[e, "gate"], parts[e, "up"]]) for e in range(count)]
         arrays[f"{prefix}.gate_up_proj"] = mx.stack(both)
         arrays[f"{prefix}.down_proj"] = mx.stack([parts[e, "down"] for e in range(count)])
     return arrays
 
 
-def _from_mlx(raw: dict[str, mx.array]) -> dict[str, mx.array]:
+def _from_mlx(raw: dict[str, mx.array], folder: Path) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for name, value in raw.items():
         if name.startswith(("mtp.", "language_model.mtp.")):
@@ -234,8 +280,9 @@ def _from_mlx(raw: dict[str, mx.array]) -> dict[str, mx.array]:
     for name in [n for n in arrays if ".switch_mlp.gate_proj." in n]:
         gate, up = arrays.pop(name), arrays.pop(name.replace("gate_proj", "up_proj"), None)
         if up is None or gate.shape != up.shape:
+            found = "is missing" if up is None else f"has shape {list(up.shape)}"
             raise ModelError(
-                f"{name} and its up_proj differ in shape or one is missing; "
+                f"{folder}: {name} has shape {list(gate.shape)} and its up_proj {found}; "
                 "expected both packed alike. Convert the model again."
             )
         joined = name.replace("switch_mlp.gate_proj", "experts.gate_up_proj")

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .files import Section, read_json
+from .files import LARGEST, Section, brief, is_whole, read_json
 
 DENSE = ("qwen3_5", "qwen3_5_text")
 SPARSE = ("qwen3_5_moe", "qwen3_5_moe_text")
+DTYPES = ("bfloat16", "float16", "float32")
+# Far above the family's 64 layers and 262,144 positions; what is larger is a damaged file.
+LAYERS, POSITIONS = 1000, 1 << 31
 # Packed formats of `mx.quantize`: the last three fix their own bits and group size.
 MODES = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -32,7 +35,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language model. `layer_types`: True where the layer is full attention."""
+    """The language model. `is_full_attention` has one entry for each layer."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -143,24 +146,43 @@ def parse(values: Any, where: str) -> Config:
     kind = top.values.get("model_type")
     if kind not in DENSE + SPARSE:
         raise ModelError(
-            f"{where}: model_type is {kind!r}; expected one of {', '.join(DENSE + SPARSE)}. "
+            f"{where}: model_type is {brief(kind)}; expected one of {', '.join(DENSE + SPARSE)}. "
             "This program runs Qwen3.5 only."
         )
     text = top.section("text_config") if "text_config" in top.values else top
     vision = top.section("vision_config") if top.values.get("vision_config") else None
-    eos = top.values.get("eos_token_id", text.values.get("eos_token_id"))
     return Config(
         text=_text(text, sparse=kind in SPARSE),
         vision=_vision(vision) if vision else None,
         quantization=_quantization(top),
         tie_word_embeddings=top.flag("tie_word_embeddings", text.flag("tie_word_embeddings")),
-        dtype=str(text.values.get("dtype") or text.values.get("torch_dtype") or "bfloat16"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        dtype=_dtype(text),
+        eos_token_ids=_eos_token_ids(top, text),
         image_token_id=top.integer("image_token_id", 248056),
         video_token_id=top.integer("video_token_id", 248057),
         vision_start_token_id=top.integer("vision_start_token_id", 248053),
         vision_end_token_id=top.integer("vision_end_token_id", 248054),
     )
+
+
+def _dtype(text: Section) -> str:
+    dtype = text.get("dtype", text.get("torch_dtype", "bfloat16"))
+    if dtype not in DTYPES:
+        raise ModelError(
+            f"{text.where}: dtype is {brief(dtype)}; expected one of {', '.join(DTYPES)}. "
+            "Convert the folder first."
+        )
+    return str(dtype)
+
+
+def _eos_token_ids(top: Section, text: Section) -> tuple[int, ...]:
+    value = top.values.get("eos_token_id", text.values.get("eos_token_id"))
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(is_whole(id) and id <= LARGEST for id in ids):
+        raise ModelError(
+            f"{top.where}: eos_token_id is {brief(value)}; expected a token id or a list of them."
+        )
+    return tuple(ids)
 
 
 def _text(text: Section, sparse: bool) -> TextConfig:
@@ -175,7 +197,7 @@ def _text(text: Section, sparse: bool) -> TextConfig:
     head_dim = text.size("head_dim", 256)
     config = TextConfig(
         hidden_size=text.size("hidden_size"),
-        num_hidden_layers=text.size("num_hidden_layers"),
+        num_hidden_layers=text.size("num_hidden_layers", most=LAYERS),
         vocab_size=text.size("vocab_size"),
         num_attention_heads=text.size("num_attention_heads"),
         num_key_value_heads=text.size("num_key_value_heads"),
@@ -186,7 +208,7 @@ def _text(text: Section, sparse: bool) -> TextConfig:
         linear_value_head_dim=text.size("linear_value_head_dim"),
         linear_conv_kernel_dim=text.size("linear_conv_kernel_dim", 4),
         rms_norm_eps=text.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=text.size("max_position_embeddings", 262144),
+        max_position_embeddings=text.size("max_position_embeddings", 262144, POSITIONS),
         is_full_attention=_layer_types(text),
         rope=_rope(text, head_dim),
         intermediate_size=0 if sparse else text.size("intermediate_size"),
@@ -204,6 +226,13 @@ def _text(text: Section, sparse: bool) -> TextConfig:
     ):
         if many % few:
             raise ModelError(f"{text.where}: {names} is {many}; expected a multiple of {few}.")
+    _require_moderate(
+        text,
+        {
+            "num_attention_heads x head_dim": config.num_attention_heads * head_dim,
+            "number of the convolution's channels": config.conv_dim,
+        },
+    )
     if config.num_experts_per_tok > config.num_experts:
         raise ModelError(
             f"{text.where}: num_experts_per_tok is {config.num_experts_per_tok}; "
@@ -212,8 +241,18 @@ def _text(text: Section, sparse: bool) -> TextConfig:
     return config
 
 
+def _require_moderate(section: Section, products: Mapping[str, int]) -> None:
+    """Sizes that are fine alone may be absurd together."""
+    for name, value in products.items():
+        if value > LARGEST:
+            raise ModelError(
+                f"{section.where}: {name} is {value:,}; expected at most {LARGEST:,}. "
+                "Download the folder again."
+            )
+
+
 def _layer_types(text: Section) -> tuple[bool, ...]:
-    count = text.size("num_hidden_layers")
+    count = text.size("num_hidden_layers", most=LAYERS)
     interval = text.size("full_attention_interval", 4)
     kinds = text.values.get("layer_types")
     if kinds is None:
@@ -223,7 +262,7 @@ def _layer_types(text: Section) -> tuple[bool, ...]:
     for kind in kinds:
         if kind not in ("linear_attention", "full_attention"):
             raise ModelError(
-                f"{text.where}: layer_types holds {kind!r}; "
+                f"{text.where}: layer_types holds {brief(kind)}; "
                 "expected 'linear_attention' or 'full_attention'."
             )
     return tuple(kind == "full_attention" for kind in kinds)
@@ -235,18 +274,23 @@ def _rope(text: Section, head_dim: int) -> Rope:
     rope = Section(values, f"{text.where}: rope_parameters")
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in ("default", "mrope", "yarn"):
-        raise ModelError(f"{rope.where}: rope_type is {kind!r}; expected 'default' or 'yarn'.")
+        raise ModelError(f"{rope.where}: rope_type is {brief(kind)}; expected 'default' or 'yarn'.")
     rope.refuse_unless("mrope_interleaved", True)
-    fraction = rope.number("partial_rotary_factor", text.values.get("partial_rotary_factor", 0.25))
-    theta = rope.number("rope_theta", text.values.get("rope_theta", 1e7))
+    fraction = rope.number("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
+    if fraction > 1:
+        raise ModelError(
+            f"{rope.where}: partial_rotary_factor is {fraction:g}; expected at most 1."
+        )
+    theta = rope.number("rope_theta", text.get("rope_theta", 1e7), above=1)
     rotary_dim = int(head_dim * fraction)
     section = values.get("mrope_section", [11, 11, 10])
-    if not isinstance(section, list) or len(section) != 3 or sum(section) != rotary_dim // 2:
+    numbers = section if isinstance(section, list) and all(map(is_whole, section)) else []
+    if len(numbers) != 3 or sum(numbers) != rotary_dim // 2:
         raise ModelError(
-            f"{rope.where}: mrope_section is {section!r}; "
-            f"expected three numbers with sum {rotary_dim // 2}."
+            f"{rope.where}: mrope_section is {brief(section)}; "
+            f"expected three whole numbers with sum {rotary_dim // 2}."
         )
-    axes = (int(section[0]), int(section[1]), int(section[2]))
+    axes = (numbers[0], numbers[1], numbers[2])
     if kind != "yarn":
         return Rope(theta, rotary_dim, axes)
     return _yarn(rope, theta, rotary_dim, axes, text)
@@ -259,19 +303,19 @@ def _yarn(
     rope.refuse_unless("truncate", True, None)
     rope.refuse_unless("mscale", None)
     rope.refuse_unless("mscale_all_dim", None)
-    original = rope.values.get("original_max_position_embeddings")
-    original = original or text.values.get("max_position_embeddings") or 262144
+    trained = text.size("max_position_embeddings", 262144, POSITIONS)
     factor = rope.number("factor")
-    attention = rope.values.get("attention_factor")
+    if factor < 1:
+        raise ModelError(f"{rope.where}: factor is {factor:g}; expected at least 1.")
     return Rope(
         theta,
         rotary_dim,
         axes,
         factor=factor,
-        original_positions=int(original),
-        beta_fast=float(rope.values.get("beta_fast") or 32),
-        beta_slow=float(rope.values.get("beta_slow") or 1),
-        attention_factor=float(attention) if attention else 0.1 * math.log(factor) + 1.0,
+        original_positions=rope.size("original_max_position_embeddings", trained, POSITIONS),
+        beta_fast=rope.number("beta_fast", 32),
+        beta_slow=rope.number("beta_slow", 1),
+        attention_factor=rope.number("attention_factor", 0.1 * math.log(factor) + 1.0),
     )
 
 
@@ -279,7 +323,7 @@ def _vision(vision: Section) -> VisionConfig:
     vision.refuse_unless("hidden_act", "gelu_pytorch_tanh")
     vision.refuse_unless("deepstack_visual_indexes", [], None)
     config = VisionConfig(
-        depth=vision.size("depth"),
+        depth=vision.size("depth", most=LAYERS),
         hidden_size=vision.size("hidden_size"),
         intermediate_size=vision.size("intermediate_size"),
         num_heads=vision.size("num_heads"),
@@ -289,6 +333,15 @@ def _vision(vision: Section) -> VisionConfig:
         temporal_patch_size=vision.size("temporal_patch_size", 2),
         spatial_merge_size=vision.size("spatial_merge_size", 2),
         in_channels=vision.size("in_channels", 3),
+    )
+    _require_moderate(
+        vision,
+        {
+            "number of the values of a patch": (
+                config.in_channels * config.temporal_patch_size * config.patch_size**2
+            ),
+            "width of the merger": config.hidden_size * config.spatial_merge_size**2,
+        },
     )
     if config.hidden_size % (4 * config.num_heads):
         raise ModelError(
@@ -300,18 +353,15 @@ def _vision(vision: Section) -> VisionConfig:
 
 def _quantization(top: Section) -> Quantization | None:
     """MLX's `quantization` block. Other packings (FP8, GPTQ, AWQ ...) are refused by name."""
-    foreign = top.values.get("quantization_config")
-    values = top.values.get("quantization")
-    if values is None and isinstance(foreign, dict):
-        if "quant_method" in foreign:
-            raise ModelError(
-                f"{top.where}: weights are packed as {foreign['quant_method']!r}; "
-                "expected BF16 weights or an MLX quantization. Convert the folder first."
-            )
-        values = foreign
-    if values is None:
+    key = "quantization" if top.get("quantization") is not None else "quantization_config"
+    if top.get(key) is None:
         return None
-    block = Section(values, f"{top.where}: quantization")
+    block = top.section(key)
+    if key == "quantization_config" and "quant_method" in block.values:
+        raise ModelError(
+            f"{top.where}: weights are packed as {brief(block.values['quant_method'])}; "
+            "expected BF16 weights or an MLX quantization. Convert the folder first."
+        )
     default = _format(block, None)
     overrides: dict[str, Format | None] = {}
     for key, value in block.values.items():
@@ -326,9 +376,9 @@ def _quantization(top: Section) -> Quantization | None:
 
 def _format(block: Section, default: Format | None) -> Format:
     mode = block.values.get("mode", default.mode if default else "affine")
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ModelError(
-            f"{block.where}: mode is {mode!r}; expected one of {', '.join(MODES)}. "
+            f"{block.where}: mode is {brief(mode)}; expected one of {', '.join(MODES)}. "
             "Update the project or convert the folder again."
         )
     same = default if default and default.mode == mode else None

@@ -24,9 +24,9 @@ class Cancelled(Qwen35Error):
     """The caller asked a running computation to stop."""
 
 
-def one_line(error: object) -> str:
-    """What an exception says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def one_line(error: object, limit: int = 200) -> str:
+    """What an exception says, on one line of at most `limit` characters, its last stop left out."""
+    return " ".join(str(error).split())[:limit].rstrip(".") or type(error).__name__
 
 
 def shown(source: object) -> str:

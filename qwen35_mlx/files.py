@@ -1,12 +1,14 @@
 """The small JSON files of a model folder: read with a cap, and their values with types."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError
+from .errors import ModelError, one_line
 
 JSON_BYTES = 64 << 20  # a tokenizer's configuration with its template stays far below
+LARGEST = 1 << 24  # of a size or id: the family's largest are its 248,320 tokens
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -24,9 +26,22 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}; expected a readable file.") from None
     except (ValueError, RecursionError) as error:
-        text = " ".join(str(error).split())
-        raise ModelError(f"{path}: {text}; expected JSON. Download it again.") from None
+        raise ModelError(f"{path}: {one_line(error)}; expected JSON. Download it again.") from None
     return Section(values, str(path)).values
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a JSON value is a whole number from 0 on; true and 1.0 are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def brief(value: Any) -> str:
+    """A JSON value as an error quotes it, however long or deep it is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep; more digits than Python writes
+        text = type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Section:
@@ -42,33 +57,52 @@ class Section:
     def section(self, key: str) -> "Section":
         return Section(self.values.get(key), f"{self.where}: {key}")
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelError(f"{self.where}: {key} is {value!r}; expected a number.")
-        return float(value)
-
-    def integer(self, key: str, default: int | None = None) -> int:
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it stands; null means absent."""
         value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ModelError(f"{self.where}: {key} is {value!r}; expected a whole number.")
+        return default if value is None else value
+
+    def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
+        """A finite number above `above`."""
+        value = self.get(key, default)
+        try:
+            number = math.nan if isinstance(value, bool | str) else float(value)
+        except (TypeError, OverflowError):
+            number = math.nan
+        if not above < number < math.inf:
+            raise ModelError(
+                f"{self.where}: {key} is {brief(value)}; expected a number above {above:g}."
+            )
+        return number
+
+    def integer(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
+        """A whole number from 0 to `most`."""
+        value: int = self.get(key, default)
+        if not is_whole(value) or value > most:
+            raise ModelError(
+                f"{self.where}: {key} is {brief(value)}; "
+                f"expected a whole number of at most {most:,}."
+            )
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.integer(key, default)
+    def size(self, key: str, default: int | None = None, most: int = LARGEST) -> int:
+        """A whole number from 1 to `most`."""
+        value = self.integer(key, default, most)
         if value == 0:
             raise ModelError(f"{self.where}: {key} is 0; expected at least 1.")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
-        return bool(self.values.get(key, default))
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.where}: {key} is {brief(value)}; expected true or false.")
+        return value
 
     def refuse_unless(self, key: str, *allowed: Any) -> None:
         """A setting that changes the computation must have a value this runtime implements."""
         value = self.values.get(key, allowed[0])
         if value not in allowed:
             raise ModelError(
-                f"{self.where}: {key} is {value!r}; this runtime implements "
+                f"{self.where}: {key} is {brief(value)}; this runtime implements "
                 f"{' or '.join(repr(a) for a in allowed)} only, as in all eight Qwen3.5 sizes."
             )

@@ -34,7 +34,7 @@ def checked_messages(messages: Any) -> tuple[list[dict[str, Any]], list[Source]]
     Raises: InputError naming the message and what was expected.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        found = "an empty list" if messages in ([], ()) else type(messages).__name__
+        found = "an empty list" if isinstance(messages, list | tuple) else type(messages).__name__
         raise InputError(f"messages: {found}; a list of messages was expected. Give at least one.")
     plain: list[dict[str, Any]] = []
     sources: list[Source] = []
@@ -63,12 +63,7 @@ def checked_tools(tools: Any) -> tuple[dict[str, Any], ...]:
                 f"tools[{index}]: no function name; "
                 '{"type": "function", "function": {"name": ..., "parameters": ...}} was expected.'
             )
-        try:
-            json.dumps(tool)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"tools[{index}]: {one_line(error)}; plain JSON was expected. Remove what is not."
-            ) from None
+        _require_json(tool, f"tools[{index}]")
     return tuple(tools)
 
 
@@ -90,9 +85,10 @@ def _message(message: Any, index: int) -> tuple[dict[str, Any], list[Source]]:
             f'{where}: {type(message).__name__}; {{"role": ..., "content": ...}} was expected.'
         )
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise InputError(
-            f"{where}: role {role!r}; one of {', '.join(ROLES)} was expected. Correct it."
+            f"{where}: role {one_line(repr(role))}; one of {', '.join(ROLES)} was expected. "
+            "Correct it."
         )
     where = f"{where} ({role})"
     if role == "system" and index:
@@ -107,9 +103,11 @@ def _message(message: Any, index: int) -> tuple[dict[str, Any], list[Source]]:
         plain |= _assistant(message, where)
         if message.get("content") is None and len(plain) == 2:
             raise InputError(f"{where}: neither content nor tool_calls; one of them was expected.")
-    elif message.get("tool_calls"):
+    elif _is_given(message.get("tool_calls")):
         raise InputError(f"{where}: tool_calls; only an assistant's message has them. Remove them.")
-    plain |= {key: message[key] for key in ("name", "tool_call_id") if _is_text(message.get(key))}
+    for key in ("name", "tool_call_id"):
+        if isinstance(message.get(key), str):
+            plain[key] = message[key]
     return plain, sources
 
 
@@ -137,20 +135,22 @@ def _part(part: Any, where: str) -> tuple[dict[str, str], Source | None]:
             f'{where}: {type(part).__name__}; {{"type": "text", "text": ...}} was expected.'
         )
     name = part.get("type", next((name for name in PARTS if name in part), None))
-    kind = PARTS.get(name) if _is_text(name) else None
+    kind = PARTS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise InputError(
-            f"{where}: type {name!r}; one of {', '.join(PARTS)} was expected. Correct it."
+            f"{where}: type {one_line(repr(name))}; one of {', '.join(PARTS)} was expected. "
+            "Correct it."
         )
     if kind == "text":
         text = part.get("text")
         if not isinstance(text, str):
             raise InputError(f"{where}: text is {type(text).__name__}; a text was expected.")
         return {"type": "text", "text": _encodable(text, where)}, None
-    value = next((part[key] for key in (kind, f"{kind}_url", "url", "path") if part.get(key)), None)
+    keys = (kind, f"{kind}_url", "url", "path")
+    value = next((part[key] for key in keys if _is_given(part.get(key))), None)
     if isinstance(value, Mapping):
         value = value.get("url")
-    if value is None:
+    if not _is_given(value):
         raise InputError(
             f'{where}: no {kind} in it; {{"type": "{kind}", "{kind}": path}} was expected.'
         )
@@ -166,7 +166,7 @@ def _assistant(message: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: reasoning_content is {kind}; a text was expected.")
         plain["reasoning_content"] = _encodable(reasoning, where)
     calls = message.get("tool_calls")
-    if calls:
+    if _is_given(calls):
         if not isinstance(calls, Sequence) or isinstance(calls, str | bytes):
             raise InputError(f"{where}: tool_calls is {type(calls).__name__}; a list was expected.")
         plain["tool_calls"] = [
@@ -177,14 +177,14 @@ def _assistant(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not _is_text(function.get("name")):
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f"{where}: no function name; an OpenAI tool call was expected.")
     arguments = function.get("arguments")
-    if arguments in (None, ""):
+    if arguments is None:
         arguments = {}
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{where}: arguments are no JSON ({one_line(error)}); a JSON object was expected."
@@ -192,11 +192,12 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         kind = type(arguments).__name__
         raise InputError(f"{where}: arguments are {kind}; a JSON object was expected.")
-    plain = {
-        "type": "function",
-        "function": {"name": function["name"], "arguments": dict(arguments)},
-    }
-    return plain | {key: call[key] for key in ("id",) if _is_text(call.get(key))}
+    arguments = dict(arguments)
+    _require_json(arguments, where)
+    plain = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if isinstance(call.get("id"), str):
+        plain["id"] = call["id"]
+    return plain
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
@@ -206,8 +207,18 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return any(part["type"] != "text" or part["text"].strip() for part in content)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_given(value: Any) -> bool:
+    """Whether `value` is there and not empty; an array has no truth value to ask."""
+    return value is not None and not (isinstance(value, Sequence) and not len(value))
+
+
+def _require_json(value: Any, where: str) -> None:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: {one_line(error)}; plain JSON was expected. Remove what is not."
+        ) from None
 
 
 def _encodable(text: str, where: str) -> str:

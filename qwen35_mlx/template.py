@@ -11,7 +11,7 @@ from jinja2.exceptions import (
     UndefinedError,
 )
 
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, one_line
 from .files import read_json
 from .sandbox import Budget, MeteredContext, Refused, Sandbox
 
@@ -37,21 +37,19 @@ class Template:
             raise ModelError(
                 f"{where}: {len(source):,} characters; at most {TEMPLATE_BYTES:,} are read."
             )
-        self.source = source
         self.where = where
         self._special = dict(special or {})
         try:
             self._template = Sandbox().from_string(source)
         except TemplateSyntaxError as error:
             raise ModelError(
-                f"{where}: line {error.lineno}: {_line(error.message)}; a jinja2 chat template was "
-                "expected. Take the file from the model's own repository."
+                f"{where}: line {error.lineno}: {one_line(error.message)}; a jinja2 chat "
+                "template was expected. Take the file from the model's own repository."
             ) from None
-        except (
-            Exception
-        ) as error:  # jinja2 and Python's compiler fail in many ways on texts made to break them
+        # jinja2 and Python's compiler fail in many ways on texts made to break them
+        except Exception as error:
             raise ModelError(
-                f"{where}: {_line(error)}; expected a template that jinja2 can compile."
+                f"{where}: {one_line(error)}; expected a template that jinja2 can compile."
             ) from None
 
     @classmethod
@@ -87,7 +85,6 @@ class Template:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
-        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt's text. The template sees plain JSON data only.
 
@@ -95,17 +92,24 @@ class Template:
         Raises: InputError when the template refuses the messages, fails, or does not end.
         Source: transformers `utils/chat_template_utils.py` `render_jinja_template`.
         """
-        plain = [_plain(message) for message in messages]
+        try:
+            plain = [_plain(message) for message in messages]
+            given = [_plain(tool) for tool in tools] if tools else None
+            budget = Budget(_characters([plain, given, *self._special.values()]))
+        except RecursionError:
+            raise InputError(
+                "messages: values in them or in the tools nest too deep; what a chat template can "
+                "write was expected. Nest them less."
+            ) from None
         values: dict[str, Any] = {
             **self._special,
             "messages": plain,
-            "tools": [_plain(tool) for tool in tools] if tools else None,
+            "tools": given,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": True,
         }
         if thinking is not None:
             values["enable_thinking"] = thinking
-        budget = Budget(_characters(values))
         context = self._template.new_context(values)
         assert isinstance(context, MeteredContext)
         context.budget = budget
@@ -118,24 +122,20 @@ class Template:
         index = next((i for i, message in enumerate(messages) if message is budget.message), None)
         what = "messages" if index is None else f"messages[{index}] ({messages[index].get('role')})"
         if isinstance(error, Refused):
-            return InputError(f"{what}: the chat template refuses this: {_line(error)}.")
+            return InputError(f"{what}: the chat template refuses this: {one_line(error)}.")
         if isinstance(error, RecursionError):
             return InputError(
                 f"{self.where}: a macro or value nests too deep; the template cannot be used."
             )
         if isinstance(error, SecurityError):
             return InputError(
-                f"{self.where}: no chat template may do this: {_line(error)}. "
+                f"{self.where}: no chat template may do this: {one_line(error)}. "
                 "Use the model's own template."
             )
         if isinstance(error, UndefinedError):
-            return InputError(f"{what}: the chat template misses a value: {_line(error)}.")
+            return InputError(f"{what}: the chat template misses a value: {one_line(error)}.")
         kind = "" if isinstance(error, TemplateRuntimeError) else f"{type(error).__name__}: "
-        return InputError(f"{self.where}: failed at {what}: {kind}{_line(error)}.")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:500].rstrip(".")
+        return InputError(f"{self.where}: failed at {what}: {kind}{one_line(error)}.")
 
 
 def _plain(value: Any) -> Any:
@@ -192,7 +192,7 @@ def _read_text(path: Path) -> str:
             )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: {_line(error)}; a readable text was expected.") from None
+        raise ModelError(f"{path}: {one_line(error)}; a readable text was expected.") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

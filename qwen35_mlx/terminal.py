@@ -53,7 +53,7 @@ def neutral(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def one_line(text: str) -> str:
+def harmless_line(text: str) -> str:
     """`text` on one harmless line, for errors that quote what they found."""
     return neutral(" ".join(text.split()))
 
@@ -68,7 +68,7 @@ def gigabytes(count: float) -> str:
 
 def note(text: str) -> None:
     """One line on stderr."""
-    print(one_line(text), file=sys.stderr, flush=True)
+    print(harmless_line(text), file=sys.stderr, flush=True)
 
 
 class Bar:

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders
 
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, one_line
 
 FILE_BYTES = 256 * 1024 * 1024  # the family's own file has about 20 MB
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -81,14 +81,14 @@ class Tokenizer:
                 "Copy the file from the model's own repository."
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path}: cannot be read: {_line(error)}. Copy it anew.") from None
+            raise ModelError(f"{path}: cannot be read: {one_line(error)}. Copy it anew.") from None
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except BaseException as error:  # a panic in Rust is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ModelError(
-                f"{path}: {_line(error)}; expected a tokenizer of the tokenizers library. "
+                f"{path}: {one_line(error)}; expected a tokenizer of the tokenizers library. "
                 "Take the file from the model's own repository."
             ) from None
         return cls(backend, str(path))
@@ -154,7 +154,3 @@ class Detokenizer:
         """What is left: U+FFFD for a character whose bytes never came. Starts the stream anew."""
         text: str = self._decoder.decode(b"", True)
         return text
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")

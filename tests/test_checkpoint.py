@@ -139,6 +139,22 @@ def _edit_header(folder: Path, change: Callable[[dict], object]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
+def _edit_head(folder: Path, **values: object) -> None:
+    _edit_header(folder, lambda header: header[HEAD].update(values))
+
+
+def _overlap(header: dict) -> None:
+    """The last tensor begins where the first does: each length is still right."""
+    spans = {n: h["data_offsets"] for n, h in header.items() if n != "__metadata__"}
+    begin, stop = spans[max(spans, key=lambda n: spans[n][0])]
+    header[max(spans, key=lambda n: spans[n][0])]["data_offsets"] = [0, stop - begin]
+
+
+def _large_index(folder: Path) -> None:
+    with (folder / checkpoint.INDEX).open("r+b") as file:
+        file.truncate(65 << 20)
+
+
 def _edit_index(folder: Path, change: Callable[[dict], object]) -> None:
     path = folder / checkpoint.INDEX
     values = json.loads(path.read_text())
@@ -152,6 +168,7 @@ def _cut(folder: Path, keep: int) -> None:
 
 
 NORM = "model.language_model.norm.weight"
+HEAD = "lm_head.weight"
 
 
 @pytest.mark.parametrize(
@@ -161,8 +178,8 @@ NORM = "model.language_model.norm.weight"
         (lambda f: _cut(f, 5000), "00002.*damaged"),
         (lambda f: _cut(f, 0), "0 bytes"),
         (lambda f: _cut(f, -1), "its header describes"),
-        (lambda f: (f / checkpoint.INDEX).write_text("{}"), "not an index"),
-        (lambda f: (f / checkpoint.INDEX).write_text("nonsense"), "not an index"),
+        (lambda f: (f / checkpoint.INDEX).write_text("{}"), "weight_map: found a NoneType"),
+        (lambda f: (f / checkpoint.INDEX).write_text("nonsense"), "expected JSON"),
         (
             lambda f: _edit_index(f, lambda m: m.update({NORM: "../x.safetensors"})),
             "of this folder",
@@ -175,6 +192,24 @@ NORM = "model.language_model.norm.weight"
             lambda f: _edit_header(f, lambda h: h["lm_head.weight"].update(dtype="F8_E4M3")),
             "spans",
         ),
+        (lambda f: _edit_head(f, data_offsets=["0", "4"]), "no usable"),
+        (lambda f: _edit_head(f, data_offsets=[0.0, 4.0]), "no usable"),
+        (lambda f: _edit_head(f, data_offsets=[False, True]), "no usable"),
+        (lambda f: _edit_head(f, data_offsets=[-4, 0]), "no usable"),
+        (lambda f: _edit_head(f, data_offsets=[4]), "no usable"),
+        (lambda f: _edit_head(f, data_offsets=None), "no usable"),
+        (lambda f: _edit_head(f, shape=["2"]), "no usable"),
+        (lambda f: _edit_head(f, shape=[2.0]), "no usable"),
+        (lambda f: _edit_head(f, shape=[True]), "no usable"),
+        (lambda f: _edit_head(f, shape="2"), "no usable"),
+        (lambda f: _edit_head(f, shape=[0, 2**31]), "no usable"),
+        (lambda f: _edit_head(f, shape=[2] * 4000), "no usable"),
+        (lambda f: _edit_head(f, dtype=["F32"]), "no usable"),
+        (lambda f: _edit_header(f, lambda h: h.update({HEAD: None})), "no usable"),
+        (lambda f: _edit_header(f, _overlap), "begins at byte 0"),
+        (lambda f: _edit_header(f, lambda h: h.update(__metadata__=3)), "__metadata__"),
+        (lambda f: _edit_header(f, lambda h: h.update(__metadata__={"a": 3})), "__metadata__"),
+        (lambda f: _large_index(f), "at most 67,108,864 are read"),
     ],
     ids=[
         "shard gone",
@@ -189,6 +224,24 @@ NORM = "model.language_model.norm.weight"
         "index forgets a tensor",
         "header forgets a tensor",
         "header lies about a dtype",
+        "offsets are texts",
+        "offsets are floats",
+        "offsets are booleans",
+        "offsets are negative",
+        "one offset",
+        "no offsets",
+        "shape of texts",
+        "shape of floats",
+        "shape of booleans",
+        "shape is a text",
+        "shape too large for an array",
+        "shape of thousands of axes",
+        "dtype is a list",
+        "entry is null",
+        "tensors overlap",
+        "metadata is a number",
+        "metadata holds a number",
+        "index too large",
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(
@@ -223,6 +276,93 @@ def test_tensors_are_exactly_those_of_the_configuration(
     change(tensors)
     tiny.write(tmp_path, tiny.CONFIGS["dense"], tensors)
     with pytest.raises(ModelError, match=named):
+        qwen35_mlx.load(tmp_path)
+
+
+LAYER = "model.language_model.layers.0."
+MLX_LAYER = "language_model.model.layers.0."
+CONV = "linear_attn.conv1d.weight"
+PATCH = "model.visual.patch_embed.proj.weight"
+MLX_PATCH = "vision_tower.patch_embed.proj.weight"
+EXPERT = LAYER + "mlp.experts.2."
+SWITCH = MLX_LAYER + "mlp.switch_mlp."
+
+
+def _reshaped(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    path = folder / "model.safetensors"
+    arrays = {n: mx.contiguous(a) for n, a in checkpoint._lazy(path).items()}
+    arrays[name] = mx.zeros(shape)
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), arrays)
+    (folder / checkpoint.INDEX).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "shape", "expected"),
+    [
+        ("huggingface", LAYER + CONV, (4, 1), r"\[C, 1, K\]"),
+        ("huggingface", LAYER + CONV, (6, 2, 4), r"\[C, 1, K\]"),
+        ("huggingface", PATCH, (), r"\[H, C, T, P, P\]"),
+        ("huggingface", PATCH, (80, 1536), r"\[H, C, T, P, P\]"),
+        ("huggingface", PATCH, (0, 3, 2, 16, 16), r"\[H, C, T, P, P\]"),
+        ("huggingface", EXPERT + "up_proj.weight", (64, 190), r"\[64, 192\]"),
+        ("huggingface", EXPERT + "gate_proj.weight", (66, 192), r"\[64, 192\]"),
+        ("huggingface", EXPERT + "down_proj.weight", (192, 66), r"\[192, 64\]"),
+        ("huggingface", LAYER + "mlp.experts.0.gate_proj.weight", (64,), "two axes"),
+        ("mlx", MLX_LAYER + CONV, (4, 1), r"\[C, K, 1\]"),
+        ("mlx", MLX_LAYER + CONV, (6, 4, 2), r"\[C, K, 1\]"),
+        ("mlx", MLX_PATCH, (80, 1536), r"\[H, T, P, P, C\]"),
+        ("mlx", SWITCH + "gate_proj.weight", (8, 65, 192), r"up_proj has shape \[8, 64, 192\]"),
+        ("mlx", SWITCH + "up_proj.weight", (64, 192), "three axes"),
+    ],
+)
+def test_a_misshapen_tensor_is_named_with_both_shapes(
+    layout: str, name: str, shape: tuple[int, ...], expected: str, tmp_path: Path
+) -> None:
+    tensors = tiny.draw(tiny.CONFIGS["moe"])
+    tiny.write(tmp_path, tiny.CONFIGS["moe"], tensors, layout=layout, experts_fused=False)
+    _reshaped(tmp_path, name, shape)
+    with pytest.raises(ModelError, match=expected) as caught:
+        qwen35_mlx.load(tmp_path)
+    message = str(caught.value)
+    assert name.partition(".layers.")[2] in message and str(tmp_path) in message
+    assert str(list(shape)) in message and "\n" not in message
+
+
+def test_stacked_experts_of_another_rank_are_named(tmp_path: Path) -> None:
+    tensors = tiny.draw(tiny.CONFIGS["moe"])
+    tiny.write(tmp_path, tiny.CONFIGS["moe"], tensors, layout="mlx")
+    for kind in ("gate", "up"):
+        _reshaped(tmp_path, f"{SWITCH}{kind}_proj.weight", (8,))
+    with pytest.raises(ModelError, match=r"switch_mlp.gate_proj.weight has shape \[8\]"):
+        qwen35_mlx.load(tmp_path)
+
+
+def test_an_mlx_folder_under_hugging_face_names_is_refused_by_its_convolution(
+    tmp_path: Path,
+) -> None:
+    """Its norms already hold 1 + w: taken for Hugging Face's they would become 2 + w."""
+    conf, tensors = tiny.CONFIGS["dense"], tiny.draw(tiny.CONFIGS["dense"])
+    tiny.write(tmp_path, conf, tensors, layout="mlx")
+    arrays = checkpoint._lazy(tmp_path / "model.safetensors")
+    kept = {
+        n.removeprefix("language_model."): mx.contiguous(a)
+        for n, a in arrays.items()
+        if not n.startswith("vision_tower")
+    }
+    mx.eval(kept)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), kept)
+    (tmp_path / checkpoint.INDEX).unlink()
+    with pytest.raises(ModelError, match=r"layers.0.*\[\d+, 4, 1\]; .*axes are MLX's") as caught:
+        qwen35_mlx.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_expert_numbered_beyond_reason_is_refused(tmp_path: Path) -> None:
+    tensors = tiny.draw(tiny.CONFIGS["moe"])
+    tensors[f"{LAYER}mlp.experts.{'9' * 5000}.up_proj.weight"] = np.zeros((2, 3), np.float32)
+    tiny.write(tmp_path, tiny.CONFIGS["moe"], tensors)
+    with pytest.raises(ModelError, match="belongs to no part"):
         qwen35_mlx.load(tmp_path)
 
 

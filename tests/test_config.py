@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from family_configs import config_values
 from qwen35_mlx import config, family
 from qwen35_mlx.config import Format
 from qwen35_mlx.errors import ModelError
 from tiny import CONFIGS
+from tiny_shapes import ROPE, YARN
 
 
 def changed(key: str, value: Any, section: str | None = "text_config") -> dict[str, Any]:
@@ -19,9 +21,17 @@ def changed(key: str, value: Any, section: str | None = "text_config") -> dict[s
     return values
 
 
+def rope(**values: Any) -> dict[str, Any]:
+    return changed("rope_parameters", ROPE | values)
+
+
+def yarn(**values: Any) -> dict[str, Any]:
+    return changed("rope_parameters", YARN | values)
+
+
 @pytest.mark.parametrize("size", family.SIZES, ids=lambda size: size.name)
 def test_each_size_parses_to_its_shapes(size: family.Size) -> None:
-    found = config.parse(family.config_values(size), size.name)
+    found = config.parse(config_values(size), size.name)
     assert found.text.hidden_size == size.hidden_size
     assert found.text.num_hidden_layers == size.num_hidden_layers
     assert found.text.num_experts == size.num_experts
@@ -44,6 +54,22 @@ def test_text_only_and_older_rope_keys_mean_the_same() -> None:
     }
     found = config.parse(flat, "flat")
     assert found.text == nested and found.vision is None
+
+
+def test_many_layers_without_their_types_are_refused_before_any_is_made() -> None:
+    values = changed("num_hidden_layers", 10**12)
+    del values["text_config"]["layer_types"]
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000000000"):
+        config.parse(values, "x")
+
+
+def test_null_means_absent_in_yarn_and_flags() -> None:
+    nulls = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor"))
+    found = config.parse(yarn(**nulls, original_max_position_embeddings=None), "x").text.rope
+    assert found == config.parse(yarn(), "x").text.rope
+    assert (
+        config.parse(changed("tie_word_embeddings", None, None), "x").tie_word_embeddings is False
+    )
 
 
 def test_yarn_scales_cosines_by_its_factor() -> None:
@@ -75,6 +101,46 @@ def test_yarn_scales_cosines_by_its_factor() -> None:
         (changed("quantization", {"bits": 4, "mode": "int4"}, None), "mode is 'int4'"),
         (changed("quantization", {"bits": 7, "group_size": 64}, None), "7 bits"),
         (changed("quantization", {"mode": "nvfp4", "group_size": 32}, None), "group 16"),
+        (changed("quantization", {"mode": ["affine"]}, None), r"mode is \['affine'\]"),
+        (changed("quantization_config", [4], None), "quantization_config: found a list"),
+        (changed("dtype", "float8_e4m3fn"), "dtype is 'float8_e4m3fn'"),
+        (changed("dtype", ["bfloat16"]), "dtype is"),
+        (changed("tie_word_embeddings", "false", None), "tie_word_embeddings is 'false'"),
+        (changed("tie_word_embeddings", 1, None), "tie_word_embeddings is 1"),
+        (changed("eos_token_id", "abc", None), "eos_token_id is 'abc'"),
+        (changed("eos_token_id", ["a"], None), "eos_token_id is"),
+        (changed("eos_token_id", [7, True], None), "eos_token_id is"),
+        (changed("eos_token_id", [7, -1], None), "eos_token_id is"),
+        (changed("rms_norm_eps", float("nan")), "rms_norm_eps is nan"),
+        (changed("rms_norm_eps", float("inf")), "rms_norm_eps is inf"),
+        (changed("rms_norm_eps", 10**400), "rms_norm_eps is 1000"),
+        (changed("rms_norm_eps", 0), "rms_norm_eps is 0; expected a number above 0"),
+        (rope(rope_theta=float("nan")), "rope_theta is nan"),
+        (rope(rope_theta=1), "rope_theta is 1; expected a number above 1"),
+        (rope(rope_theta="1e7"), "rope_theta is '1e7'"),
+        (rope(partial_rotary_factor=-0.25), "partial_rotary_factor is -0.25"),
+        (rope(partial_rotary_factor=1.5), "partial_rotary_factor is 1.5"),
+        (rope(mrope_section=["a", 2, 3]), r"mrope_section is \['a', 2, 3\]"),
+        (rope(mrope_section=[11.0, 11, 10]), r"mrope_section is \[11.0, 11, 10\]"),
+        (rope(mrope_section=[40, -4, -4]), r"mrope_section is \[40, -4, -4\]"),
+        (yarn(factor=0), "factor is 0"),
+        (yarn(factor=-4), "factor is -4"),
+        (yarn(factor=0.5), "factor is 0.5; expected at least 1"),
+        (yarn(factor="4"), "factor is '4'"),
+        (yarn(factor=float("inf")), "factor is inf"),
+        (yarn(original_max_position_embeddings="x"), "original_max_position_embeddings is 'x'"),
+        (yarn(beta_fast="fast"), "beta_fast is 'fast'"),
+        (yarn(beta_slow=[1]), r"beta_slow is \[1\]"),
+        (yarn(attention_factor="1"), "attention_factor is '1'"),
+        (changed("num_hidden_layers", 10**9), "num_hidden_layers is 1000000000; .* at most 1,000"),
+        (changed("depth", 10**9, "vision_config"), "depth is 1000000000; .* at most 1,000"),
+        (changed("vocab_size", 10**12), "vocab_size is 1000000000000; .* at most 16,777,216"),
+        (changed("num_experts", 10**12), "num_experts is 1000000000000"),
+        (changed("max_position_embeddings", 2**31 + 1), "max_position_embeddings is 2147483649"),
+        (changed("num_attention_heads", 2**20), "head_dim is 268,435,456; .* at most 16,777,216"),
+        (changed("linear_value_head_dim", 2**23), "convolution's channels is"),
+        (changed("patch_size", 2**20, "vision_config"), "values of a patch is"),
+        (changed("hidden_size", "9" * 1000), r"hidden_size is '9{56}\.\.\.; expected"),
         ([], "found a list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -332,6 +332,21 @@ BROKEN: dict[str, tuple[Any, str]] = {
         say([video_part(4), {"text": "<|vision_start|><|video_pad|><|vision_end|>"}]),
         r"^messages\[1\]: its text holds <\|video_pad\|>, the place of a clip\.",
     ),
+    "array": (np.zeros((2, 3)), r"^messages: ndarray; a list of messages was expected"),
+    "role_array": (say("x", np.array(["user", "tool"])), r"^messages\[1\]: role array"),  # type: ignore[arg-type]
+    "type_array": (say([{"type": np.zeros((2, 3))}]), r"part 0: type array"),
+    "picture_array": (say([{"image": np.zeros((9, 7, 3))}]), r"part 0: ndarray; a path, bytes, a"),
+    "clip_array": (say([{"video": np.zeros((4, 9, 7, 3))}]), r"part 0: ndarray; a path or a list"),
+    "frame_arrays": (say([{"video": [np.zeros((9, 7, 3))] * 4}]), r"part 0.* ndarray; a path, b"),
+    "empty_path": (say([{"image": ""}]), r"part 0: no image in it; "),
+    "empty_folder": (say([{"video": ""}]), r"part 0: no video in it; "),
+    "empty_url": (say([{"video_url": {"url": ""}}]), r"part 0: no video in it; "),
+    "no_frames": (say([{"video": []}]), r"part 0: no video in it; "),
+    "calls_array": (say("", "assistant", tool_calls=np.zeros(2)), r"tool_calls is ndarray; a list"),
+    "user_calls_array": (say("x", tool_calls=np.zeros(2)), r"\(user\): tool_calls; only an assis"),
+    "arguments_array": (arguments(np.zeros(2)), r"arguments are ndarray; a JSON object was exp"),
+    "argument_array": (arguments({"a": np.zeros(2)}), r"tool_calls\[0\]: .*ndarray.*plain JSON"),
+    "argument_deep": (arguments('{"a":' * 900 + "1" + "}" * 900), r"nest too deep"),
     "pad_in_call": (arguments({"x": "<|video_pad|>"}), r"^messages\[1\]: its text holds"),
 }
 

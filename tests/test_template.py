@@ -97,13 +97,11 @@ def test_an_ordinary_template_renders_as_jinja2_does(source: str) -> None:
 def test_the_shipped_template_renders_as_jinja2_does(count: int, thinking: bool | None) -> None:
     source = SHIPPED.read_text()
     for tools in (None, [TOOL]):
-        for generation in (True, False):
-            values = {} if thinking is None else {"enable_thinking": thinking}
-            expected = plain_jinja(source)(
-                messages=ASKED[:count], tools=tools, add_generation_prompt=generation, **values
-            )
-            got = Template(source).render(ASKED[:count], tools, thinking, generation)
-            assert got == expected
+        values = {} if thinking is None else {"enable_thinking": thinking}
+        expected = plain_jinja(source)(
+            messages=ASKED[:count], tools=tools, add_generation_prompt=True, **values
+        )
+        assert Template(source).render(ASKED[:count], tools, thinking) == expected
 
 
 def test_json_is_not_escaped_for_html_and_keeps_its_order() -> None:
