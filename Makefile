@@ -4,6 +4,7 @@
 # make goldens   rebuild the reference numbers with torch and transformers, and compare
 # make bench-peers  speed and memory beside mlx-lm and mlx-vlm, on random weights
 # make bench-cold   from the start of the process to the first token, beside mlx-lm
+# make bench-demo   how often the demonstration model is right
 # Everything is installed into .venv (goldens, bench: .venv-goldens, .venv-bench), once, and again
 # when pyproject.toml changes. Another Python: make PYTHON=/path/to/python3.12 demo
 
@@ -21,11 +22,11 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: help demo test test-all lint goldens bench-peers bench-cold clean
+.PHONY: help demo test test-all lint goldens bench-peers bench-cold bench-demo clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -8
+	@sed -n 's/^# //p' Makefile | head -9
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m qwen35_mlx.generate --model examples/demo-model \
@@ -54,6 +55,9 @@ bench-peers: $(BENCH)/.installed
 
 bench-cold: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cold_start.py $(ARGS)
+
+bench-demo: $(VENV)/.installed
+	$(VENV)/bin/python benchmarks/demo_accuracy.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(GOLDENS) $(BENCH) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

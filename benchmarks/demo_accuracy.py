@@ -1,4 +1,6 @@
-"""python benchmarks/demo_accuracy.py: how often the demonstration model is right, through the library.
+"""How often the demonstration model is right, through the library.
+
+make bench-demo, or python benchmarks/demo_accuracy.py [--model FOLDER] [--seed N] [--show N]
 
 Greedy answers to held-out scenes, clips and tool requests, which training never saw (split by
 hash), with and without thinking, compared word for word; and the same scenes with a grey picture.
@@ -11,12 +13,13 @@ from typing import Any
 
 from PIL import Image
 
-import qwen35_mlx
-from qwen35_mlx import Qwen35, Result, Sampling
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+sys.path[:0] = [str(ROOT), str(EXAMPLES / "train_demo")]  # runs from a bare checkout too
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES / "train_demo"))
+import qwen35_mlx  # noqa: E402
 import world  # noqa: E402
+from qwen35_mlx import Qwen35, Result, Sampling  # noqa: E402
 
 GREEDY = Sampling(temperature=0)
 BARS = {"scenes": 0.95, "clips": 0.90, "tool calls": 0.95}
@@ -50,7 +53,7 @@ def with_grey(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--model", default=str(EXAMPLES / "demo-model"))
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--show", type=int, default=0, help="print this many wrong answers")
@@ -67,8 +70,9 @@ def main() -> None:
             right = 0
             for item in items:
                 found = answer(model, item, item.messages, thinks)
-                right += is_right(item, found)
-                if not is_right(item, found) and shown < given.show:
+                is_good = is_right(item, found)
+                right += is_good
+                if not is_good and shown < given.show:
                     shown += 1
                     print(f"  wanted {item.call or item.answer!r}\n  found  {found!r}")
             met &= right >= BARS[name] * len(items)

@@ -9,21 +9,10 @@ from .sampling import Sampling
 
 HEAD_DIM = 256
 LINEAR_HEAD_DIM = 128
-LINEAR_KEY_HEADS = 16
 # Layer i is full attention if i + 1 divides by this, else a gated delta net.
 FULL_ATTENTION_INTERVAL = 4
 # What a prompt and its answer are taken to need when a size is suggested.
 _TYPICAL_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A vision tower."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -40,34 +29,24 @@ class Modes:
 
 @dataclass(frozen=True)
 class Size:
-    """One size of the family.
+    """One size of the family: what tells it from the others, and what its memory follows from.
 
-    intermediate_size: 0 on mixture-of-experts sizes; num_experts, num_experts_per_tok and
-    moe_intermediate_size (also the shared expert's): 0 on dense ones.
-    parameters: without the MTP head, which has `mtp_parameters`.
+    num_experts: 0 on dense sizes. parameters: without the MTP head, which has `mtp_parameters`.
     mlx_4bit_bytes, mlx_8bit_bytes, mlx_bf16_bytes: of all tensors of a folder in mlx-community's
     form, without safetensors headers and without MTP.
-    thinking_default: whether the chat template thinks unless told otherwise.
     """
 
     name: str
     hidden_size: int
     num_hidden_layers: int
-    intermediate_size: int
     num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    num_attention_heads: int
     num_key_value_heads: int
     linear_num_value_heads: int
-    tie_word_embeddings: bool
-    tower: Tower
     parameters: int
     mtp_parameters: int
     mlx_4bit_bytes: int
     mlx_8bit_bytes: int
     mlx_bf16_bytes: int
-    thinking_default: bool
     modes: Modes
 
     @property
@@ -79,10 +58,6 @@ class Size:
     def mlx_id(self) -> str:
         """Repository of mlx-community's 4-bit conversion."""
         return f"mlx-community/Qwen3.5-{self.name}-4bit"
-
-    @property
-    def is_moe(self) -> bool:
-        return self.num_experts > 0
 
     @property
     def full_attention_layers(self) -> int:
@@ -115,40 +90,28 @@ _WIDE = Sampling(temperature=1.0, top_p=1.0, top_k=20, presence_penalty=2.0)
 _SMALL = Modes(_FREE, _CALM, _CALM, _WIDE, _BRIEF, _WIDE)
 _LARGE = Modes(_FREE, _FREE, _CALM, _BRIEF, _BRIEF, _FREE)
 
-_T12 = Tower(12, 768, 12, 3072)
-_T24 = Tower(24, 1024, 16, 4096)
-_T27 = Tower(27, 1152, 16, 4304)
-
 # Bytes at 4 bits are published for 9B and up, at 8 bits for 2B, 9B and up, at bf16 for 122B-A10B;
 # the others follow by the same rule, which tests/test_family.py holds.
 # fmt: off
 SIZES = (
-    #    name,        hidden, layers, mlp; experts, used, each;  q, kv, v heads; tied, tower,
-    #    parameters, of MTP;               bytes at 4 bits, 8 bits, bf16;           thinks, modes
-    Size("0.8B",      1024, 24, 3584,      0, 0, 0,              8, 2, 16,       True, _T12,
-         852_985_920, 20_452_864,
-         625_124_032, 1_001_071_296, 1_705_972_416,                                 False, _SMALL),
-    Size("2B",        2048, 24, 6144,      0, 0, 0,              8, 2, 16,       True, _T24,
-         2_213_241_664, 60_828_160,
-         1_722_149_056, 2_662_787_264, 4_426_483_904,                               False, _SMALL),
-    Size("4B",        2560, 32, 9216,      0, 0, 0,              16, 4, 32,      True, _T24,
-         4_539_265_536, 120_599_552,
-         3_034_147_328, 5_136_542_208, 9_078_532_608,                               True, _LARGE),
-    Size("9B",        4096, 32, 12288,     0, 0, 0,              16, 4, 32,      False, _T27,
-         9_409_813_744, 243_290_624,
-         5_950_062_560, 10_426_433_504, 18_819_629_024,                             True, _LARGE),
-    Size("27B",       5120, 64, 17408,     0, 0, 0,              24, 4, 48,      False, _T27,
-         27_356_728_560, 424_699_392,
-         16_054_266_848, 29_500_943_328, 54_713_461_728,                            True, _LARGE),
-    Size("35B-A3B",   2048, 40, 0,         256, 8, 512,          16, 2, 32,      False, _T27,
-         35_107_181_936, 844_640_768,
-         20_391_405_152, 37_721_130_592, 70_214_365_792,                            True, _LARGE),
-    Size("122B-A10B", 3072, 48, 0,         256, 8, 1024,         32, 2, 64,      False, _T27,
-         122_562_817_776, 2_523_679_232,
-         69_593_314_272, 130_648_036_320, 245_125_640_160,                          True, _LARGE),
-    Size("397B-A17B", 4096, 60, 0,         512, 10, 1024,        32, 2, 64,      False, _T27,
-         396_802_360_816, 6_595_568_128,
-         223_860_768_352, 422_032_580_192, 793_604_727_392,                         True, _LARGE),
+    #    name, hidden, layers, experts, KV heads, v heads, parameters, of MTP,
+    #    bytes at 4 bits, 8 bits, bf16, modes
+    Size("0.8B",      1024, 24, 0,   2, 16, 852_985_920,     20_452_864,
+         625_124_032,     1_001_071_296,   1_705_972_416,   _SMALL),
+    Size("2B",        2048, 24, 0,   2, 16, 2_213_241_664,   60_828_160,
+         1_722_149_056,   2_662_787_264,   4_426_483_904,   _SMALL),
+    Size("4B",        2560, 32, 0,   4, 32, 4_539_265_536,   120_599_552,
+         3_034_147_328,   5_136_542_208,   9_078_532_608,   _LARGE),
+    Size("9B",        4096, 32, 0,   4, 32, 9_409_813_744,   243_290_624,
+         5_950_062_560,   10_426_433_504,  18_819_629_024,  _LARGE),
+    Size("27B",       5120, 64, 0,   4, 48, 27_356_728_560,  424_699_392,
+         16_054_266_848,  29_500_943_328,  54_713_461_728,  _LARGE),
+    Size("35B-A3B",   2048, 40, 256, 2, 32, 35_107_181_936,  844_640_768,
+         20_391_405_152,  37_721_130_592,  70_214_365_792,  _LARGE),
+    Size("122B-A10B", 3072, 48, 256, 2, 64, 122_562_817_776, 2_523_679_232,
+         69_593_314_272,  130_648_036_320, 245_125_640_160, _LARGE),
+    Size("397B-A17B", 4096, 60, 512, 2, 64, 396_802_360_816, 6_595_568_128,
+         223_860_768_352, 422_032_580_192, 793_604_727_392, _LARGE),
 )
 # fmt: on
 
@@ -237,96 +200,3 @@ def fits_advice(available: int) -> str:
         return f"Free some memory: the smallest, {size.name} at 4 bits, needs {need / 1e9:.1f} GB."
     need, size = max(fitting, key=lambda pair: pair[1].parameters)
     return f"The largest that fits is {size.name} at 4 bits ({need / 1e9:.1f} GB)."
-
-
-def config_values(size: Size) -> dict[str, Any]:
-    """The whole config.json of the original folder of `size`, as parsed JSON.
-
-    Source: the repositories' own files; for 2B, 4B and 9B put together from several, with the
-    family's constants.
-    """
-    kind = "qwen3_5_moe" if size.is_moe else "qwen3_5"
-    prefix = "Qwen3_5Moe" if size.is_moe else "Qwen3_5"
-    return {
-        "architectures": [f"{prefix}ForConditionalGeneration"],
-        "image_token_id": 248056,
-        "model_type": kind,
-        "text_config": _text_values(size, kind),
-        "tie_word_embeddings": size.tie_word_embeddings,
-        "transformers_version": "4.57.0.dev0",
-        "video_token_id": 248057,
-        "vision_config": {
-            "deepstack_visual_indexes": [],
-            "depth": size.tower.depth,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": size.tower.hidden_size,
-            "in_channels": 3,
-            "initializer_range": 0.02,
-            "intermediate_size": size.tower.intermediate_size,
-            "model_type": kind,
-            "num_heads": size.tower.num_heads,
-            "num_position_embeddings": 2304,
-            "out_hidden_size": size.hidden_size,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-        "vision_end_token_id": 248054,
-        "vision_start_token_id": 248053,
-    }
-
-
-def _text_values(size: Size, kind: str) -> dict[str, Any]:
-    full = FULL_ATTENTION_INTERVAL
-    layers = range(1, size.num_hidden_layers + 1)
-    feed_forward = (
-        {
-            "moe_intermediate_size": size.moe_intermediate_size,
-            "num_experts": size.num_experts,
-            "num_experts_per_tok": size.num_experts_per_tok,
-            "router_aux_loss_coef": 0.001,
-            "shared_expert_intermediate_size": size.moe_intermediate_size,
-        }
-        if size.is_moe
-        else {"intermediate_size": size.intermediate_size}
-    )
-    tied = {"tie_word_embeddings": True} if size.tie_word_embeddings else {}
-    return {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_output_gate": True,
-        "dtype": "bfloat16",
-        "eos_token_id": 248044,
-        "full_attention_interval": full,
-        "head_dim": HEAD_DIM,
-        "hidden_act": "silu",
-        "hidden_size": size.hidden_size,
-        "initializer_range": 0.02,
-        "layer_types": ["linear_attention" if i % full else "full_attention" for i in layers],
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": LINEAR_HEAD_DIM,
-        "linear_num_key_heads": LINEAR_KEY_HEADS,
-        "linear_num_value_heads": size.linear_num_value_heads,
-        "linear_value_head_dim": LINEAR_HEAD_DIM,
-        "mamba_ssm_dtype": "float32",
-        "max_position_embeddings": 262144,
-        "mlp_only_layers": [],
-        "model_type": f"{kind}_text",
-        "mtp_num_hidden_layers": 1,
-        "mtp_use_dedicated_embeddings": False,
-        "num_attention_heads": size.num_attention_heads,
-        "num_hidden_layers": size.num_hidden_layers,
-        "num_key_value_heads": size.num_key_value_heads,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {
-            "mrope_interleaved": True,
-            "mrope_section": [11, 11, 10],
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 10_000_000,
-            "rope_type": "default",
-        },
-        "use_cache": True,
-        "vocab_size": 248_320,
-        **feed_forward,
-        **tied,
-    }

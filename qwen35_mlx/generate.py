@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import terminal
-from .errors import Cancelled, InputError, OutOfMemory
+from .errors import InputError, OutOfMemory
 from .terminal import gigabytes, note
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .hub import Choice
 
 DEFAULT_MODEL, SMALL_MODEL = "4b", "0.8b"
-SMALL_MEMORY = 8_000_000_000  # bytes of memory below which SMALL_MODEL is the default
+SMALL_MEMORY = 5_000_000_000  # usable bytes below which SMALL_MODEL is the default
 MEDIA = ("--image", "--video")
 SAMPLING = (
     "temperature",
@@ -75,6 +75,15 @@ class Command(click.Command):
         formatter.write(f"\nExample:\n  {ctx.command_path} {typed}\n")
 
 
+def _known_dtype(ctx: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    """One of the loader's types, which is imported only for a name: it takes a while."""
+    if name is None:
+        return None
+    from .loader import DTYPES
+
+    return click.Choice(list(DTYPES)).convert(name, option, ctx)
+
+
 @click.command(cls=Command, context_settings={"max_content_width": 100})
 @click.option(
     "-m", "--model", metavar="NAME", help="Folder, Hub id, or size: 0.8b 2b 4b (default) 9b ..."
@@ -94,9 +103,9 @@ class Command(click.Command):
 @click.option("-q", "--quiet", is_flag=True, help="The answer only: no reasoning, bar or figures.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    callback=_known_dtype,
     metavar="TYPE",
-    help="Activations: bfloat16, float16, float32.",
+    help="Type of activations, such as float32.",
 )
 @click.option("--temperature", type=float, metavar="X", help="0 always takes the likeliest token.")
 @click.option("--top-p", type=float, metavar="X", help="Keep the likeliest tokens up to this sum.")
@@ -159,9 +168,8 @@ def run(request: Request) -> int:
 
 def _load(request: Request, stage: terminal.Stage) -> "tuple[Qwen35, str]":
     """The model, and the folder or repository it came from; says so when it was not typed."""
-    import mlx.core as mx
-
     from . import api, hub
+    from .loader import DTYPES
 
     choice = hub.resolve(request.model or _default_model())
     if not request.quiet:
@@ -174,18 +182,15 @@ def _load(request: Request, stage: terminal.Stage) -> "tuple[Qwen35, str]":
     else:
         folder = choice.folder
     stage.enter("load")
-    dtype = getattr(mx, request.dtype) if request.dtype else None
+    dtype = DTYPES[request.dtype] if request.dtype else None
     model = api.load(folder, dtype=dtype, progress=lambda p: stage.report(p.stage, p.done, p.total))
     return model, str(folder)
 
 
 def _default_model() -> str:
-    return DEFAULT_MODEL if _memory() >= SMALL_MEMORY else SMALL_MODEL
+    from . import memory
 
-
-def _memory() -> int:
-    """Bytes of this machine's memory; macOS and Linux both answer."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return DEFAULT_MODEL if memory.capacity() >= SMALL_MEMORY else SMALL_MODEL
 
 
 def _say_choice(request: Request, choice: "Choice") -> None:
@@ -200,12 +205,13 @@ def _say_choice(request: Request, choice: "Choice") -> None:
 
 
 def _refuse_oversize(choice: "Choice") -> None:
-    from . import family
+    from . import family, memory
 
-    if choice.total_bytes > _memory():
+    usable = memory.capacity()
+    if choice.total_bytes > usable:
         raise OutOfMemory(
-            f"{choice.repo}: its weights are {gigabytes(choice.total_bytes)}; this machine has "
-            f"{gigabytes(_memory())} of memory. {family.fits_advice(_memory())}"
+            f"{choice.repo}: its files are {gigabytes(choice.total_bytes)}; a model can use "
+            f"{gigabytes(usable)} of memory here. {family.fits_advice(usable)}"
         )
 
 
@@ -304,8 +310,6 @@ def _stream(
                 if isinstance(event, Finish):
                     return _finish(request, event, output)
                 output.event(event)
-    except Cancelled:
-        raise KeyboardInterrupt from None
     finally:
         output.close()
     raise ValueError("the stream ended without a Finish")

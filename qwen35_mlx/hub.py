@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, config, family
-from .errors import ModelError
+from .errors import ModelError, one_line
+from .template import Template
 
 # What a model folder holds; never code, pickles or GGUF. Sub-folders hold other formats.
-ALLOW = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+SMALL = ("*.json", "*.jinja", "*.txt")
+ALLOW = ("*.safetensors", *SMALL)
 IGNORE = ("*/*",)
 SPARE = 1 << 30  # a full disk breaks more than this program
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -92,6 +94,8 @@ def download(choice: Choice, progress: Callable[[int, int], None] | None = None)
     # Another family is refused before its weights are fetched.
     config.read(_fetch(choice.repo, choice.cache, ("config.json",)))
     with _watched(choice, progress):
+        # The weights come last: an interrupted download never has them all and lacks something.
+        _fetch(choice.repo, choice.cache, SMALL)
         return _fetch(choice.repo, choice.cache, ALLOW)
 
 
@@ -102,10 +106,11 @@ def models() -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether configuration, tokenizer and every weight file are here, none of them cut short."""
+    """Whether configuration, tokenizer, chat template and every weight file are here and whole."""
     if not all(os.path.isfile(folder / name) for name in ("config.json", "tokenizer.json")):
         return False
     try:
+        Template.read(folder)
         return bool(checkpoint.entries(folder))
     except ModelError:
         return False
@@ -276,9 +281,8 @@ def _explanation(repo: str, error: Exception, instead: str) -> str:
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"{repo}: the disk is full; expected room in {constants.HF_HUB_CACHE}. Free some."
-    reason = " ".join(str(error).split())[:120] or "no reason given"
     return (
-        f"{repo}: cannot be fetched from {hub} ({type(error).__name__}: {reason}). "
+        f"{repo}: cannot be fetched from {hub} ({type(error).__name__}: {one_line(error)}). "
         "Check the network and try again, or give a local folder."
     )
 

@@ -24,14 +24,14 @@ def definition(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T", [1, 2, 13, 40])
-@pytest.mark.parametrize("score_bytes", [module.SCORE_BYTES, 7 * 4 * 2 * 6 * 45])
+@pytest.mark.parametrize("T", [1, 5, 13, 40])
+@pytest.mark.parametrize("score_bytes", [module.SCORE_BYTES, 7 * 4 * 2 * 12 * 45])
 def test_agrees_with_the_definition(
     T: int, causal: bool, score_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SCORE_BYTES", score_bytes)
     draw = np.random.default_rng(T)
-    q = draw.normal(size=(2, 6, T, 32))
+    q = draw.normal(size=(2, 12, T, 32))
     k, v = draw.normal(size=(2, 2, 3, 45, 32))
     Q, K, V = (mx.array(a.astype(np.float32)) for a in (q, k, v))
     found = np.array(attention(Q, K, V, 0.3, causal))

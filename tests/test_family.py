@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from family_configs import config_values
 from qwen35_mlx import family
 from qwen35_mlx.errors import ModelError
 from qwen35_mlx.family import SIZES, Size
@@ -144,7 +145,7 @@ def count(shapes: Shapes) -> int:
 
 def folder_bytes(size: Size, bits: int) -> int:
     """Tensor bytes of an mlx-community folder: every text matrix packed, the rest bf16, no MTP."""
-    config = family.config_values(size)
+    config = config_values(size)
     total = 2 * count(vision(config))
     for name, shape in text(config):
         elements = math.prod(shape)
@@ -160,7 +161,7 @@ def folder_bytes(size: Size, bits: int) -> int:
 
 @each_size
 def test_parameter_counts_follow_from_the_config(size: Size) -> None:
-    config = family.config_values(size)
+    config = config_values(size)
     assert count(text(config)) + count(vision(config)) == size.parameters
     assert count(mtp(config)) == size.mtp_parameters
     assert size.parameters + size.mtp_parameters == FACTS[size.name][3]
@@ -184,7 +185,7 @@ def test_memory_per_token_and_sequence(size: Size) -> None:
 
 @each_size
 def test_the_configs_shapes_agree_with_one_another(size: Size) -> None:
-    config = family.config_values(size)
+    config = config_values(size)
     t, v = config["text_config"], config["vision_config"]
     shapes = dict(text(config))
     assert shapes["q_proj"][0] == FACTS[size.name][4]
@@ -198,16 +199,16 @@ def test_the_configs_shapes_agree_with_one_another(size: Size) -> None:
     assert v["out_hidden_size"] == t["hidden_size"]
     assert 2 * sum(t["rope_parameters"]["mrope_section"]) == 64
     moe = "-A" in size.name
-    assert size.is_moe == moe == ("num_experts" in t) == ("intermediate_size" not in t)
+    assert moe == ("num_experts" in t) == ("intermediate_size" not in t)
     assert config["model_type"] == v["model_type"] == ("qwen3_5_moe" if moe else "qwen3_5")
     assert t["model_type"] == config["model_type"] + "_text"
     assert t.get("tie_word_embeddings", False) == config["tie_word_embeddings"]
 
 
 def test_a_config_is_the_callers_own() -> None:
-    first = family.config_values(SIZES[0])
+    first = config_values(SIZES[0])
     first["text_config"]["rope_parameters"]["mrope_section"].append(1)
-    assert family.config_values(SIZES[0]) != first
+    assert config_values(SIZES[0]) != first
 
 
 def test_the_table_holds_eight_sizes_in_order_of_weight() -> None:
@@ -236,7 +237,7 @@ def test_other_names_are_no_size(name: str) -> None:
 
 @each_size
 def test_a_size_is_identified_by_its_shapes(size: Size) -> None:
-    t = family.config_values(size)["text_config"]
+    t = config_values(size)["text_config"]
     experts = t.get("num_experts", 0)
     found = family.identify(t["hidden_size"], t["num_hidden_layers"], experts)
     assert found is size
@@ -262,7 +263,6 @@ CARDS: dict[tuple[bool, bool, bool], tuple[float, float, int, float]] = {
 @each_size
 def test_sampling_is_the_cards(size: Size) -> None:
     small = size.name in ("0.8B", "2B")
-    assert size.thinking_default is not small
     for (is_small, thinking, vision_), row in CARDS.items():
         if is_small == small:
             found = family.recommended(size, thinking, vision_)

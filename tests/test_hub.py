@@ -1,5 +1,6 @@
 """Names become folders: local ones, conversions, the cache, and a small Hub on 127.0.0.1."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from family_configs import config_values
 from qwen35_mlx import family, hub
 from qwen35_mlx.errors import ModelError, OutOfMemory
 from tiny_shapes import CONFIGS
@@ -35,7 +37,7 @@ def safetensors(count: int, name: str = "a") -> bytes:
 def config_08b() -> dict:
     size = family.find("0.8b")
     assert size is not None
-    return family.config_values(size)
+    return config_values(size)
 
 
 def model_files(config: dict | None = None) -> dict[str, bytes]:
@@ -268,6 +270,24 @@ def test_a_folder_is_complete_only_with_every_shard_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("files", "complete"),
+    [
+        ({}, False),
+        ({"tokenizer_config.json": b"{}"}, False),
+        ({"tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'}, True),
+        ({"chat_template.json": b'{"chat_template": "{{ messages }}"}'}, True),
+    ],
+)
+def test_a_folder_is_complete_only_with_a_chat_template(
+    tmp_path: Path, files: dict[str, bytes], complete: bool
+) -> None:
+    folder = write(tmp_path / "m", model_files() | files)
+    assert hub.is_complete(folder)
+    (folder / "chat_template.jinja").unlink()
+    assert hub.is_complete(folder) is complete
+
+
+@pytest.mark.parametrize(
     "index",
     [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": 3}}', b"\xff\xfe"]
     + [b'{"weight_map": {"a": "../whole/model-1.safetensors"}}'],
@@ -351,6 +371,17 @@ def test_an_interrupted_download_goes_on_where_it_was(fake: FakeHub) -> None:
     assert rest.folder is None and 0 < rest.bytes < choice.bytes
     assert hub.is_complete(hub.download(rest))
     assert all(sent.startswith("model-") for sent in fake.sent), fake.sent
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "merges.txt"])
+def test_weights_come_last_so_that_with_them_everything_is_here(fake: FakeHub, name: str) -> None:
+    fake.cut = {name}
+    with pytest.raises(ModelError, match=f"^{REPO}: "):
+        hub.download(hub.resolve(REPO))
+    assert not any("safetensors@" in sent for sent in fake.sent), fake.sent
+    fake.cut = set()
+    folder = hub.download(hub.resolve(REPO))
+    assert {p.name for p in folder.iterdir()} == set(model_files())
 
 
 def test_a_disk_without_room_is_refused_with_both_numbers(
@@ -474,12 +505,14 @@ def test_the_command_says_an_error_of_the_hub_in_one_line(fake: FakeHub, tmp_pat
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
-def test_what_no_memory_can_hold_is_not_downloaded(
-    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_loader_would_refuse_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 GB on a Mac of 16 GiB, which gives a GPU two thirds of them."""
     from qwen35_mlx import generate as command
+    from qwen35_mlx import memory
 
-    monkeypatch.setattr(command, "_memory", lambda: 9_000)
-    choice = hub.resolve(REPO)
-    with pytest.raises(OutOfMemory, match=r"its weights are 1\d\.\d kB; this machine has 9\.0 kB"):
+    monkeypatch.setattr(memory, "capacity", lambda: 11_453_246_122)
+    choice = hub.Choice("a/b", "named on the Hub", repo="a/b", total_bytes=13 * 10**9)
+    message = r"^a/b: its files are 13\.0 GB; .* use 11\.5 GB of memory here\. .* is 9B at 4 bits"
+    with pytest.raises(OutOfMemory, match=message):
         command._refuse_oversize(choice)
+    command._refuse_oversize(dataclasses.replace(choice, total_bytes=11 * 10**9))

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from goldens.make_pixels import PICTURES, chosen, draw
+from processors import RELEASED, settings
 from qwen35_mlx import image as pictures
 from qwen35_mlx import web
 from qwen35_mlx.errors import InputError, ModelError
@@ -427,25 +428,9 @@ def test_downloads_are_capped(server: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 # Settings
 
-RELEASED = {
-    "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "Qwen3VLProcessor",
-    "image_processor_type": "Qwen2VLImageProcessorFast",
-}
-
-
-def settings(folder: Path, **changed: Any) -> ImageProcessor:
-    (folder / "preprocessor_config.json").write_text(json.dumps({**RELEASED, **changed}))
-    return ImageProcessor.read(folder)
-
 
 def test_settings_default_to_the_released_ones(tmp_path: Path) -> None:
-    assert ImageProcessor.read(tmp_path) == ImageProcessor() == settings(tmp_path)
+    assert ImageProcessor.read(tmp_path) == ImageProcessor() == settings(ImageProcessor, tmp_path)
 
 
 def test_settings_are_read_in_every_spelling(tmp_path: Path) -> None:
@@ -456,9 +441,9 @@ def test_settings_are_read_in_every_spelling(tmp_path: Path) -> None:
         {"size": {"min_pixels": 1_024, "max_pixels": 90_000}},
         {"size": None, "min_pixels": 1_024, "max_pixels": 90_000},
     ):
-        assert settings(tmp_path, **changed, **size) == expected
+        assert settings(ImageProcessor, tmp_path, **changed, **size) == expected
     (tmp_path / "preprocessor_config.json").unlink()
-    nested = {"image_processor": {**RELEASED, "size": {"shortest_edge": 1_024}}}
+    nested = {"image_processor": {**RELEASED[ImageProcessor], "size": {"shortest_edge": 1_024}}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     assert ImageProcessor.read(tmp_path) == ImageProcessor(min_pixels=1_024)
 
@@ -487,7 +472,7 @@ def test_settings_are_read_in_every_spelling(tmp_path: Path) -> None:
 )
 def test_settings_that_are_not_done_are_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
     with pytest.raises(ModelError) as caught:
-        settings(tmp_path, **changed)
+        settings(ImageProcessor, tmp_path, **changed)
     assert "preprocessor_config.json: " in str(caught.value) and "\n" not in str(caught.value)
 
 

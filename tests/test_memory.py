@@ -8,6 +8,7 @@ import pytest
 
 import qwen35_mlx
 import tiny
+from family_configs import config_values
 from qwen35_mlx import config, engine, family, memory
 from qwen35_mlx.cache import Cache
 from qwen35_mlx.errors import OutOfMemory
@@ -16,7 +17,7 @@ from qwen35_mlx.layers import vision
 
 @pytest.mark.parametrize("size", family.SIZES, ids=lambda size: size.name)
 def test_cache_bytes_are_those_of_the_family(size: family.Size) -> None:
-    text = config.parse(family.config_values(size), size.name).text
+    text = config.parse(config_values(size), size.name).text
     assert memory.kv_bytes(text, 1) == size.kv_bytes_per_token
     assert memory.state_bytes(text) == size.state_bytes
 

@@ -8,8 +8,8 @@ from qwen35_mlx.config import Format
 from qwen35_mlx.kernels.moe import SORT_FROM, by_expert, route
 from qwen35_mlx.layers.moe import GroupedLinear
 
-E, K, DIMS_IN, DIMS_OUT = 7, 3, 64, 40
-# Relative L2. f32: sums of 64 terms; half types: one rounding of input and output.
+E, K, DIMS_IN, DIMS_OUT = 7, 3, 128, 40
+# Relative L2. f32: sums of 128 terms; half types: one rounding of input and output.
 TOLERANCE = {mx.float32: 1e-6, mx.bfloat16: 8e-3, mx.float16: 1e-3}
 
 
@@ -33,8 +33,11 @@ def test_pairs_come_back_in_their_order() -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("packing", [None, Format("affine", 4, 32), Format("affine", 8, 64)])
+@pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize("N", [2, SORT_FROM])
-def test_each_row_meets_its_own_matrix(dtype: mx.Dtype, packing: Format | None, N: int) -> None:
+def test_each_row_meets_its_own_matrix(
+    dtype: mx.Dtype, packing: Format | None, N: int, is_sorted: bool
+) -> None:
     draw = np.random.default_rng(N)
     weight = mx.array(draw.normal(size=(E, DIMS_OUT, DIMS_IN)).astype(np.float32)).astype(dtype)
     layer = GroupedLinear(E, DIMS_IN, DIMS_OUT)
@@ -48,11 +51,19 @@ def test_each_row_meets_its_own_matrix(dtype: mx.Dtype, packing: Format | None, 
         )
     else:
         layer.weight = weight
-    x = mx.array(draw.normal(size=(N, 1, DIMS_IN)).astype(np.float32)).astype(dtype)
-    chosen = np.sort(draw.integers(0, E, N)).astype(np.uint32)
-    found = layer(x, mx.array(chosen), is_sorted=True)
-    assert found.dtype == dtype
+    # As Experts calls it: sorted pairs each with a row of their own, or K experts for every row.
+    rows: tuple[int, ...] = (N, 1, DIMS_IN)
+    chosen = draw.integers(0, E, N)
+    if is_sorted:
+        chosen.sort()
+    else:
+        rows = (N, 1, 1, DIMS_IN)
+        chosen = draw.permuted(np.tile(np.arange(E), (N, 1)), axis=1)[:, :K]
+        assert np.any(np.diff(chosen, axis=1) < 0)
+    x = mx.array(draw.normal(size=rows).astype(np.float32)).astype(dtype)
+    found = layer(x, mx.array(chosen.astype(np.uint32)), is_sorted)
+    assert found.dtype == dtype and found.shape == (*chosen.shape, 1, DIMS_OUT)
     exact_x, exact_w = (np.array(a.astype(mx.float32)).astype(np.float64) for a in (x, weight))
-    wanted = np.einsum("nci,noi->nco", exact_x, exact_w[chosen])
+    wanted = exact_x @ exact_w[chosen].swapaxes(-1, -2)
     error = np.linalg.norm(np.array(found.astype(mx.float32)) - wanted)
     assert error < TOLERANCE[dtype] * np.linalg.norm(wanted)

@@ -101,6 +101,18 @@ def test_checkout_imports_the_folders_beside_the_package() -> None:
     assert (done.stdout.split(), done.stderr) == (["convert", "True"], "")
 
 
+def test_the_demonstration_models_benchmark_runs_from_a_bare_checkout(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "demo_accuracy.py", "--help"],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "--show" in done.stdout
+
+
 def test_the_memory_table_of_the_readme_is_computed() -> None:
     rows = [
         f"| {s.name} | {s.mlx_4bit_bytes / 1e9:.1f} GB | {s.mlx_8bit_bytes / 1e9:.1f} GB "

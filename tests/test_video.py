@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from goldens.make_pixels import CLIPS, chosen, draw, lengths
+from processors import RELEASED, settings
 from qwen35_mlx import image as pictures
 from qwen35_mlx.errors import InputError, ModelError
 from qwen35_mlx.image import ImageProcessor
@@ -412,34 +413,23 @@ def test_a_clip_without_frames_is_a_broken_call() -> None:
 
 # Settings
 
-RELEASED = {
-    "size": {"longest_edge": 25165824, "shortest_edge": 4096},
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "Qwen3VLProcessor",
-    "video_processor_type": "Qwen3VLVideoProcessor",
-}
-
-
-def settings(folder: Path, **changed: Any) -> VideoProcessor:
-    (folder / "video_preprocessor_config.json").write_text(json.dumps({**RELEASED, **changed}))
-    return VideoProcessor.read(folder)
-
 
 def test_settings_default_to_the_released_ones(tmp_path: Path) -> None:
-    assert VideoProcessor.read(tmp_path) == VideoProcessor() == settings(tmp_path)
+    assert VideoProcessor.read(tmp_path) == VideoProcessor() == settings(VideoProcessor, tmp_path)
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
-    found = settings(tmp_path, fps=1, min_frames=2, max_frames=9, min_pixels=None)
+    found = settings(VideoProcessor, tmp_path, fps=1, min_frames=2, max_frames=9, min_pixels=None)
     assert found == VideoProcessor(fps=1.0, min_frames=2, max_frames=9)
-    hours = settings(tmp_path, size={"longest_edge": 469762048, "shortest_edge": 4096})
+    hours = settings(
+        VideoProcessor, tmp_path, size={"longest_edge": 469762048, "shortest_edge": 4096}
+    )
     assert hours.max_pixels == 469762048
     (tmp_path / "video_preprocessor_config.json").unlink()
-    nested = {"video_processor": {**RELEASED, "fps": 4}, "image_processor": {"patch_size": 99}}
+    nested = {
+        "video_processor": {**RELEASED[VideoProcessor], "fps": 4},
+        "image_processor": {"patch_size": 99},
+    }
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     assert VideoProcessor.read(tmp_path) == VideoProcessor(fps=4.0)
 
@@ -459,6 +449,6 @@ def test_settings_are_read(tmp_path: Path) -> None:
 )
 def test_settings_that_are_not_done_are_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
     with pytest.raises(ModelError) as caught:
-        settings(tmp_path, **changed)
+        settings(VideoProcessor, tmp_path, **changed)
     assert "video_preprocessor_config.json: " in str(caught.value)
     assert "\n" not in str(caught.value)
