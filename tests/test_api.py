@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,14 @@ def ask(model: Qwen35, thinking: bool = False, **options: Any) -> list[Any]:
     return list(model.stream("What is it?", thinking=thinking, **options))
 
 
-def joined(events: list[Any], kind: type) -> str:
+def joined(events: list[Any], kind: type[Text] | type[Reasoning]) -> str:
     return "".join(event.text for event in events if isinstance(event, kind))
+
+
+def finish_of(events: Iterable[Any]) -> Finish:
+    *_, last = events
+    assert isinstance(last, Finish)
+    return last
 
 
 def picture_question(color: str = "red") -> list[dict[str, Any]]:
@@ -137,8 +143,8 @@ def test_another_thread_can_stop_a_stream(model: Qwen35) -> None:
     setter = threading.Thread(target=cancel.set)
     setter.start()
     setter.join()
-    *_, finish = stream
-    assert isinstance(finish, Finish) and finish.reason == "cancelled"
+    finish = finish_of(stream)
+    assert finish.reason == "cancelled"
     assert finish.usage.generated_tokens < 5
 
 
@@ -174,7 +180,7 @@ def test_a_prompt_over_the_context_says_by_how_much(
 def test_the_context_limits_the_answer(model: Qwen35, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = model.prompt("Hello")
     monkeypatch.setattr(Qwen35, "context", len(prompt.tokens) + 2)
-    finish = list(model.stream(prompt, sampling=GREEDY))[-1]
+    finish = finish_of(model.stream(prompt, sampling=GREEDY))
     assert finish.reason == "length" and finish.usage.generated_tokens == 2
 
 
@@ -198,7 +204,7 @@ def test_memory_limits_the_answer_nobody_limited(
     per_token = 2 * memory.kv_bytes(model.config.text, 1, 2)
     needed = model._prompt_bytes(prompt)
     monkeypatch.setattr(memory, "available", lambda: needed + 3 * per_token)
-    finish = list(model.stream(prompt, sampling=GREEDY))[-1]
+    finish = finish_of(model.stream(prompt, sampling=GREEDY))
     assert finish.reason == "length" and finish.usage.generated_tokens == 3
 
 
@@ -228,7 +234,7 @@ def test_a_cancelled_prompt_counts_what_was_read(
     monkeypatch.setattr(engine, "CHUNK", 4)
     cancel = threading.Event()
     options: dict[str, Any] = {"cancel": cancel, "progress": lambda _: cancel.set()}
-    *_, finish = model.stream("A question of more than four tokens", **options)
+    finish = finish_of(model.stream("A question of more than four tokens", **options))
     assert finish.reason == "cancelled"
     assert finish.usage.prompt_tokens == 4 and finish.usage.generated_tokens == 0
 
