@@ -272,7 +272,7 @@ class Qwen35:
         clock, parser = engine.Clock(), OutputParser(prompt.thinking, prompt.tools)
         words, ids = self.tokenizer.detokenizer(), self._stop_ids
         mx.reset_peak_memory()
-        cache = Cache(self.config.text, capacity=len(prompt.tokens) + GROWTH)
+        cache = Cache(self.config.text, capacity=len(prompt.tokens) + min(budget, GROWTH))
         tokens = engine.generate(
             self.model,
             prompt,

@@ -46,13 +46,16 @@ class KVState:
 
 
 class DeltaState:
-    """State of one Gated DeltaNet layer: last inputs of the convolution, and the matrix memory."""
+    """State of one Gated DeltaNet layer, empty until the first token.
 
-    def __init__(self, config: TextConfig, batch: int) -> None:
+    `conv`: the last inputs of the convolution, `[B, taps - 1, conv_dim]`, type of the activations.
+    `memory`: `[B, Hv, Dk, Dv]` f32.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
         self.taps = config.linear_conv_kernel_dim
-        self.conv: mx.array | None = None  # [B, taps - 1, conv_dim], type of the activations
-        shape = (config.linear_num_value_heads, config.linear_key_head_dim)
-        self.memory = mx.zeros((batch, *shape, config.linear_value_head_dim))  # f32
+        self.conv: mx.array | None = None
+        self.memory: mx.array | None = None
 
     def window(self, u: mx.array) -> mx.array:
         """The last inputs followed by `u [B, T, conv_dim]`; remembers its last ones."""
@@ -64,7 +67,7 @@ class DeltaState:
         return window
 
     def arrays(self) -> list[mx.array]:
-        return [self.memory] if self.conv is None else [self.conv, self.memory]
+        return [a for a in (self.conv, self.memory) if a is not None]
 
 
 @dataclass(frozen=True)
@@ -72,22 +75,17 @@ class Snapshot:
     """A point in a conversation: how many tokens were read, and the small recurrent states."""
 
     length: int
-    deltas: tuple[tuple[mx.array | None, mx.array], ...]
+    deltas: tuple[tuple[mx.array | None, mx.array | None], ...]
 
 
 class Cache:
-    """All layers' states for `batch` sequences; `length` counts the tokens read.
+    """All layers' states; `length` counts the tokens read. capacity: tokens known to come."""
 
-    capacity: tokens that are known to come.
-    """
-
-    def __init__(self, config: TextConfig, batch: int = 1, capacity: int = 0) -> None:
+    def __init__(self, config: TextConfig, capacity: int = 0) -> None:
         self.states = [
-            KVState(capacity) if full else DeltaState(config, batch)
-            for full in config.is_full_attention
+            KVState(capacity) if full else DeltaState(config) for full in config.is_full_attention
         ]
         self.length = 0
-        mx.eval(self.arrays())  # a lazy array would bind the cache to this thread
 
     def snapshot(self) -> Snapshot:
         """Remember this point. KV is append-only, so its length is enough; states are kept."""

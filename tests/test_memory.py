@@ -22,9 +22,16 @@ def test_cache_bytes_are_those_of_the_family(size: family.Size) -> None:
     assert memory.state_bytes(text) == size.state_bytes
 
 
-def test_a_cache_weighs_what_was_announced() -> None:
-    text = config.parse(tiny.CONFIGS["dense"], "tiny").text
-    assert Cache(text).nbytes == memory.state_bytes(text)
+def test_a_cache_weighs_what_was_announced(tmp_path: Path) -> None:
+    values = tiny.CONFIGS["dense"]
+    model = qwen35_mlx.load(tiny.write(tmp_path, values, tiny.draw(values)))
+    text = model.config.text
+    tokens, positions = np.arange(9, dtype=np.int32), np.zeros((3, 9), np.int32)
+    cache = Cache(text, capacity=256)
+    engine.read_prompt(model.model, qwen35_mlx.Prompt(tokens, positions, 0), cache)
+    convolutions = 3 * text.conv_dim * 4 * text.is_full_attention.count(False)
+    announced = memory.state_bytes(text) + memory.kv_bytes(text, 256, 4) + convolutions
+    assert cache.nbytes == announced
 
 
 @pytest.mark.parametrize("which", ["dense", "moe"])

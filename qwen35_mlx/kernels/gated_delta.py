@@ -18,17 +18,19 @@ LEAF = 8
 
 
 def gated_delta(
-    q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array
+    q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     """Run the rule over T tokens; one token takes a direct step, more take the chunked form.
 
     q, k: `[B, T, Hk, Dk]` f32, already normalised, q scaled; v: `[B, T, Hv, Dv]` f32;
-    log_g, beta: `[B, T, Hv]` f32; state: `[B, Hv, Dk, Dv]` f32. Value head j uses key head
+    log_g, beta: `[B, T, Hv]` f32; state: `[B, Hv, Dk, Dv]` f32, None for zeros. Value head j uses key head
     j / (Hv / Hk).
     Returns: o `[B, T, Hv, Dv]` f32 and the state after the last token.
     Source: transformers `torch_recurrent_gated_delta_rule` and `torch_chunk_gated_delta_rule`;
     the chunked form here inverts by blocks instead of row by row.
     """
+    if state is None:
+        state = mx.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]))
     return (_step if q.shape[1] == 1 else _chunked)(q, k, v, log_g, beta, state)
 
 
