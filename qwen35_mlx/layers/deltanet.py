@@ -82,6 +82,8 @@ class GatedDeltaNet(nn.Module):
         beta = mx.sigmoid(self.in_proj_b(x).astype(mx.float32))
         log_g = log_decay(self.in_proj_a(x), self.A_log, self.dt_bias)
         out, state.memory = gated_delta(q, k, v, log_g, beta, state.memory)
+        # Nothing else waits for the states: left for last, each would hold its layer's chunk.
+        out = mx.depends([out], state.arrays())[0]
         z = self.in_proj_z(x).reshape(B, T, self.v_heads, self.v_dim)
         return self.out_proj(self.norm(out, z).reshape(B, T, -1).astype(x.dtype))
 
