@@ -6,6 +6,7 @@ additions: expert stacks end in `.weight`, and packed matrices have `.scales` an
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .errors import ModelError
+from .errors import ModelError, one_line
 from .files import Section, is_whole, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -50,9 +51,10 @@ def entries(folder: Path) -> dict[str, Entry]:
     Raises: ModelError for a missing shard, a broken index or header, a truncated file.
     """
     index = folder / INDEX
-    if not index.exists():
+    # os.path answers False where Path raises: names too long. Opening a pipe would wait for ever.
+    if not os.path.isfile(index):
         single = folder / "model.safetensors"
-        if not single.exists():
+        if not os.path.isfile(single):
             raise ModelError(
                 f"{folder}: no model.safetensors and no {INDEX}; expected the weights of a model. "
                 "Download the folder again."
@@ -86,7 +88,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise ModelError(
                 f"{index}: {tensor} lies in {name!r}; expected a .safetensors file of this folder."
             )
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):
             raise ModelError(
                 f"{index.parent}: {name} is missing; {INDEX} names it. Download the folder again."
             )
@@ -102,6 +104,8 @@ def header(path: Path) -> dict[str, Entry]:
     def broken(what: str) -> ModelError:
         return ModelError(f"{path}: {what}. The file is damaged; download it again.")
 
+    if not os.path.isfile(path):
+        raise ModelError(f"{path}: no such plain file; expected safetensors. Download it again.")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -211,7 +215,12 @@ def _check_axes(name: str, entry: Entry, mlx: bool) -> None:
 
 
 def _lazy(file: Path) -> dict[str, mx.array]:
-    arrays = mx.load(str(file), format="safetensors")
+    try:
+        arrays = mx.load(str(file), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{file}: {one_line(error)}; expected safetensors that MLX can read. Download it again."
+        ) from None
     assert isinstance(arrays, dict)
     return arrays
 

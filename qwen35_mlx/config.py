@@ -1,6 +1,7 @@
 """config.json as a frozen `Config`; what cannot be run faithfully is refused by name."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,7 @@ def read(folder: Path) -> Config:
     Raises: ModelError when it is missing, not JSON, not Qwen3.5, or asks for what is not run.
     """
     path = folder / "config.json"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
         raise ModelError(
             f"{folder}: no such folder; expected a model folder. "
             "Give a local folder, a Hub id such as Qwen/Qwen3.5-4B, or a size such as 4b."

@@ -30,6 +30,14 @@ def one_line(error: object, limit: int = 200) -> str:
 
 
 def shown(source: object) -> str:
-    """A path or address as it may stand in a message: on one line, not too long."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(source)[:200])
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(str(source))} characters)"
+    """A path or address as it may stand in a message: on one line, not too long.
+
+    Of a long path the end is kept, which names the file; of an address or `data:` URL the start.
+    """
+    text = str(source)
+    address = text[:5].lower() == "data:" or "://" in text[:16]
+    part = text[:200] if address else text[-200:]
+    clean = "".join(c if c.isprintable() else repr(c)[1:-1] for c in part)
+    if len(text) <= 200 and len(clean) <= 120:
+        return clean
+    return f"{clean[:60]}... ({len(text)} characters)" if address else f"...{clean[-117:]}"

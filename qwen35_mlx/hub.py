@@ -102,7 +102,7 @@ def download(choice: Choice, progress: Callable[[int, int], None] | None = None)
 def models() -> Path:
     """Folder of the conversions made on this machine: `$QWEN35_HOME/models`."""
     home = os.environ.get("QWEN35_HOME") or "~/.cache/qwen35_mlx"
-    return Path(home).expanduser() / "models"
+    return Path(os.path.expanduser(home)) / "models"
 
 
 def is_complete(folder: Path) -> bool:

@@ -6,6 +6,9 @@ settings and the openers.
 """
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -92,6 +95,15 @@ def open_image(
         return to_rgb(image, where)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Pillow's remarks on damaged files off stderr: what matters is raised."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        yield
+
+
+@quiet()
 def identify(stream: BinaryIO, where: str) -> Image.Image | None:
     """The picture in `stream`, its header read only; None when it is in none of `FORMATS`.
 
@@ -99,8 +111,11 @@ def identify(stream: BinaryIO, where: str) -> Image.Image | None:
     silenced only for the whole process; `check_size` takes its place.
     """
     Image.init()
-    stream.seek(0)
-    head = stream.read(64)
+    try:
+        stream.seek(0)
+        head = stream.read(64)
+    except OSError as error:
+        raise InputError(damaged(where, error)) from None
     if _is_heic(head):  # the reader of AVIF would claim some and fail
         return None
     for name in FORMATS:
@@ -110,7 +125,7 @@ def identify(stream: BinaryIO, where: str) -> Image.Image | None:
                 stream.seek(0)
                 return factory(stream, "")
         except Exception as error:  # Pillow's readers raise a dozen types on damaged headers
-            raise InputError(_damaged(where, error)) from None
+            raise InputError(damaged(where, error)) from None
     return None
 
 
@@ -137,6 +152,7 @@ def check_aspect(width: int, height: int, where: str) -> None:
         )
 
 
+@quiet()
 def to_rgb(image: Image.Image, where: str) -> Image.Image:
     """`image` decoded, upright and RGB; the same object if it was that. Raises: InputError."""
     try:
@@ -155,7 +171,7 @@ def to_rgb(image: Image.Image, where: str) -> Image.Image:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow's readers raise a dozen types on damaged data
-        raise InputError(_damaged(where, error)) from None
+        raise InputError(damaged(where, error)) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -295,7 +311,8 @@ def _is_heic(head: bytes) -> bool:
     return brand in HEIC_BRANDS or (brand in (b"mif1", b"msf1") and b"heic" in head)
 
 
-def _damaged(where: str, error: Exception) -> str:
+def damaged(where: str, error: Exception) -> str:
+    """The message about a file that breaks off, is garbled or cannot be read to its end."""
     return (
         f"{where}: the picture cannot be decoded ({one_line(error)}); a whole {READABLE} file was "
         "expected. Save or download it again."

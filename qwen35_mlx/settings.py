@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .files import Section, read_json
+from .files import LARGEST, Section, brief, is_whole, read_json
+
+# Far above the family's 16 pixels, 65,536 and 469,762,048; what is larger is a damaged file. A
+# picture is enlarged to the smallest area, so that one has to fit in memory.
+PATCH, SMALLEST_AREA, AREA = 1024, 1 << 27, 1 << 40
+COLOUR = 1e6  # of a mean or a divisor, and of its inverse
 
 
 def read_settings(folder: Path, name: str, section: str) -> tuple[dict[str, Any], str]:
@@ -33,21 +38,26 @@ def shared_settings(values: dict[str, Any], where: str, default: Any) -> dict[st
     size = values.get("size") or {}
     if not isinstance(size, dict):
         raise ModelError(
-            f"{where}: size is {size!r}; an object with shortest_edge and longest_edge was "
+            f"{where}: size is {brief(size)}; an object with shortest_edge and longest_edge was "
             "expected. Correct it, or delete the file to use the family's settings."
         )
     found: dict[str, Any] = {}
-    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        given = {v for v in (values.get(name), size.get(name), size.get(edge)) if v is not None}
-        if len(given) > 1:
+    for name, edge, most in (
+        ("min_pixels", "shortest_edge", SMALLEST_AREA),
+        ("max_pixels", "longest_edge", AREA),
+    ):
+        stated = (values.get(name), size.get(name), size.get(edge), getattr(default, name))
+        given = [positive(value, name, where, most) for value in stated if value is not None]
+        if len(set(given[:-1])) > 1:
             raise ModelError(
-                f"{where}: {name} and size.{edge} disagree ({sorted(given, key=str)}); one area "
+                f"{where}: {name} and size.{edge} disagree ({sorted(set(given[:-1]))}); one area "
                 "in pixels was expected. Keep one of them."
             )
-        found[name] = positive(given.pop() if given else getattr(default, name), name, where)
+        found[name] = given[0]  # the default comes last
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         value = values.get(name)
-        found[name] = positive(getattr(default, name) if value is None else value, name, where)
+        value = getattr(default, name) if value is None else value
+        found[name] = positive(value, name, where, PATCH)
     if found["min_pixels"] > found["max_pixels"]:
         raise ModelError(
             f"{where}: min_pixels {found['min_pixels']} is above max_pixels {found['max_pixels']}; "
@@ -55,9 +65,10 @@ def shared_settings(values: dict[str, Any], where: str, default: Any) -> dict[st
         )
     found["mean"] = _triple(values.get("image_mean"), default.mean, "image_mean", where)
     found["std"] = _triple(values.get("image_std"), default.std, "image_std", where)
-    if 0.0 in found["std"]:
+    if min(map(abs, found["std"])) < 1 / COLOUR:
         raise ModelError(
-            f"{where}: image_std holds 0; divisors were expected. Use 0.5 three times."
+            f"{where}: image_std is {list(found['std'])}; divisors well above 0 were expected. "
+            "Use 0.5 three times."
         )
     return found
 
@@ -71,31 +82,39 @@ def _refuse_other_steps(values: dict[str, Any], where: str) -> None:
         value = values.get(name)
         if value is None:
             continue
-        if not isinstance(value, int | float) or abs(value - expected) > 1e-6:
+        if not abs(_number(value) - expected) <= 1e-6:  # also refuses NaN
             raise ModelError(
-                f"{where}: {name} is {value!r}; {expected!r} was expected, which Qwen3.5 was "
+                f"{where}: {name} is {brief(value)}; {expected!r} was expected, which Qwen3.5 was "
                 "trained with. Correct it, or delete the file to use the family's settings."
             )
 
 
-def positive(value: Any, name: str, where: str) -> int:
-    """`value` as a whole number above 0. Raises: ModelError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def positive(value: Any, name: str, where: str, most: int = LARGEST) -> int:
+    """`value` as a whole number from 1 to `most`. Raises: ModelError."""
+    if not is_whole(value) or not 1 <= value <= most:
         raise ModelError(
-            f"{where}: {name} is {value!r}; a whole number above 0 was expected. "
+            f"{where}: {name} is {brief(value)}; a whole number from 1 to {most:,} was expected. "
             "Correct it, or delete the file to use the family's settings."
         )
-    return value
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    """`value` as a float; NaN for what is no number or beyond every float."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _triple(value: Any, default: tuple[float, ...], name: str, where: str) -> tuple[float, ...]:
     if value is None:
         return default
     numbers = value if isinstance(value, list) else []
-    good = [float(x) for x in numbers if isinstance(x, int | float) and math.isfinite(x)]
+    good = [x for x in map(_number, numbers) if abs(x) <= COLOUR]  # not NaN
     if len(good) != 3 or len(numbers) != 3:
         raise ModelError(
-            f"{where}: {name} is {value!r}; three numbers (red, green, blue) were expected. "
+            f"{where}: {name} is {brief(value)}; three numbers (red, green, blue) were expected. "
             "Correct it, or delete the file to use the family's settings."
         )
     return tuple(good)

@@ -12,7 +12,7 @@ from jinja2.exceptions import (
 )
 
 from .errors import InputError, ModelError, one_line
-from .files import read_json
+from .files import brief, read_json
 from .sandbox import Budget, MeteredContext, Refused, Sandbox
 
 TEMPLATE_BYTES = 256 * 1024  # the family's own has 8 kB
@@ -162,10 +162,12 @@ def _characters(value: Any) -> int:
 
 def _chosen(value: Any, where: str) -> str:
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        items = [item for item in value if isinstance(item, dict)]
+        # a name may be any JSON value, and a list cannot be a key
+        named = {str(item.get("name")): item.get("template") for item in items}
         if "default" not in named:
             raise ModelError(
-                f"{where}: chat_template holds {sorted(map(str, named))}; one named 'default' "
+                f"{where}: chat_template holds {brief(sorted(named))}; one named 'default' "
                 "was expected. Take the file from the model's own repository."
             )
         value = named["default"]

@@ -1,7 +1,8 @@
 """Text to token ids and back; ids to text one by one, never half a character."""
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,20 @@ def token_bytes(token: str) -> bytes:
     return token.encode("utf-8") if -1 in values else bytes(values)
 
 
+@contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """What the library raises about its own file, as a ModelError."""
+    try:
+        yield
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"{where}: {one_line(error)}; expected a tokenizer of the tokenizers library. "
+            "Take the file from the model's own repository."
+        ) from None
+
+
 class Tokenizer:
     """The byte-level BPE of a model folder."""
 
@@ -50,7 +65,7 @@ class Tokenizer:
         # a file may ask for both, and a prompt must be neither cut nor filled
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self._backend, self._where = backend, where
         added = backend.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
         self._bytes = lru_cache(maxsize=65_536)(self._read_bytes)
@@ -69,6 +84,8 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         try:
             size = path.stat().st_size
+            if not path.is_file():  # a pipe would be waited for
+                raise OSError("not a plain file")
             if size > FILE_BYTES:
                 raise ModelError(
                     f"{path}: {size:,} bytes; at most {FILE_BYTES:,} are read as a tokenizer. "
@@ -82,21 +99,15 @@ class Tokenizer:
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{path}: cannot be read: {one_line(error)}. Copy it anew.") from None
-        try:
+        with _refusals(str(path)):
             backend = tokenizers.Tokenizer.from_str(text)
-        except BaseException as error:  # a panic in Rust is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise ModelError(
-                f"{path}: {one_line(error)}; expected a tokenizer of the tokenizers library. "
-                "Take the file from the model's own repository."
-            ) from None
         return cls(backend, str(path))
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`: added tokens in it are recognised, nothing is put before it.
 
-        Raises: InputError when `text` holds half a surrogate pair, which no encoding can write.
+        Raises: InputError when `text` holds half a surrogate pair, which no encoding can write;
+        ModelError when the file asks for what the library cannot do with `text`.
         """
         try:
             text.encode("utf-8")
@@ -105,7 +116,8 @@ class Tokenizer:
                 f"text: U+{ord(text[error.start]):04X} at character {error.start}; half a "
                 "surrogate pair is no character. Remove it."
             ) from None
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        with _refusals(self._where):
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without the special tokens; bytes that are no UTF-8 become U+FFFD.

@@ -18,15 +18,18 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError, ModelError, one_line, shown
+from .files import brief
 from .image import (
     ImageProcessor,
     Media,
     check_aspect,
     check_size,
     cut,
+    damaged,
     fit,
     identify,
     open_image,
+    quiet,
     row_length,
     to_rgb,
 )
@@ -34,6 +37,8 @@ from .movie import Movie
 from .settings import positive, read_settings, shared_settings
 from .source import open_stream
 
+SLOWEST, FASTEST = 1e-3, 1e4  # frames per second
+RATE = "a number of frames per second from 0.001 to 10,000"
 DEFAULT_FPS = 24.0  # of a source that does not say
 PICTURE_SUFFIXES = frozenset(
     [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2"]
@@ -68,10 +73,8 @@ class VideoProcessor(ImageProcessor):
                 f"{found['max_frames']}; the smaller first was expected. Swap them."
             )
         fps = cls.fps if values.get("fps") is None else values["fps"]
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-            raise ModelError(
-                f"{where}: fps is {fps!r}; frames per second above 0 were expected. Use 2."
-            )
+        if not _is_rate(fps):
+            raise ModelError(f"{where}: fps is {brief(fps)}; {RATE} was expected. Use 2.")
         return cls(**found, fps=float(fps))
 
 
@@ -101,12 +104,8 @@ def open_video(
 
     Raises: InputError.
     """
-    if fps is not None and not (
-        isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps < math.inf
-    ):
-        raise InputError(
-            f"{where}: fps is {fps!r}; frames per second above 0 were expected. Correct it."
-        )
+    if fps is not None and not _is_rate(fps):
+        raise InputError(f"{where}: fps is {brief(fps)}; {RATE} was expected. Correct it.")
     if isinstance(source, str | Path) and _is_folder(source):
         return Clip(_Pictures(_frame_files(Path(source), where), where), fps, where)
     if isinstance(source, str | Path | bytes):
@@ -117,6 +116,11 @@ def open_video(
             f"{where}: {found}; a path or a list of pictures was expected. Pass one frame or more."
         )
     return Clip(_Pictures(source, where), fps, where)
+
+
+def _is_rate(fps: Any) -> bool:
+    number = isinstance(fps, int | float) and not isinstance(fps, bool)
+    return number and SLOWEST <= fps <= FASTEST
 
 
 def _is_folder(source: str | Path) -> bool:
@@ -156,8 +160,12 @@ def _open_file(source: str | Path | bytes, where: str, fps: float | None) -> Cli
             check_size(*image.size, where)
             if image.format not in ANIMATIONS:
                 return Clip((to_rgb(image, where),), fps, where)
-            stream.seek(0)
-            animation = _Animation(stream.read(), where, fps)
+            try:
+                stream.seek(0)
+                data = stream.read()
+            except OSError as error:
+                raise InputError(damaged(where, error)) from None
+            animation = _Animation(data, where, fps)
             return Clip(animation, animation.fps, where)
         if not stream.seek(0, 2):
             raise InputError(f"{where}: 0 bytes; a clip was expected. Save or download it again.")
@@ -208,6 +216,7 @@ class _Animation(Sequence[Image.Image]):
             raise ValueError("an animation was expected")
         return image
 
+    @quiet()
     def _seek(self, frame: int) -> None:
         try:
             self.image.seek(frame)

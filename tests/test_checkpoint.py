@@ -1,6 +1,7 @@
 """Folders of every layout load to the same weights; damaged ones are refused by name."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,11 @@ def _edit_index(folder: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(values))
 
 
+def _pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def _cut(folder: Path, keep: int) -> None:
     path = folder / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -210,6 +216,12 @@ HEAD = "lm_head.weight"
         (lambda f: _edit_header(f, lambda h: h.update(__metadata__=3)), "__metadata__"),
         (lambda f: _edit_header(f, lambda h: h.update(__metadata__={"a": 3})), "__metadata__"),
         (lambda f: _large_index(f), "at most 67,108,864 are read"),
+        (
+            lambda f: _edit_index(f, lambda m: m.update({NORM: "x" * 300 + ".safetensors"})),
+            "xxx.safetensors is missing",
+        ),
+        (lambda f: _pipe(f / checkpoint.INDEX), "no model.safetensors and no"),
+        (lambda f: _pipe(f / "model-00002-of-00002.safetensors"), "00002.* is missing"),
     ],
     ids=[
         "shard gone",
@@ -242,6 +254,9 @@ HEAD = "lm_head.weight"
         "metadata is a number",
         "metadata holds a number",
         "index too large",
+        "index names a file too long to name",
+        "index is a pipe",
+        "shard is a pipe",
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(
@@ -384,6 +399,23 @@ def test_a_model_too_large_is_refused_before_reading(
     monkeypatch.setattr(memory, "available", lambda: 1_000_000)
     with pytest.raises(OutOfMemory, match=r"needs 0\.\d GB; 0\.0 GB are free\. Free some"):
         loader.load(folder, config.read(folder))
+
+
+def test_weights_that_are_a_pipe_are_refused_unopened(tmp_path: Path) -> None:
+    _pipe(tmp_path / "model.safetensors")  # opening it would wait for ever
+    with pytest.raises(ModelError, match=r"no model\.safetensors and no"):
+        checkpoint.entries(tmp_path)
+    with pytest.raises(ModelError, match="no such plain file; expected safetensors"):
+        checkpoint.header(tmp_path / "model.safetensors")
+
+
+def test_what_mlx_cannot_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for data in (b"", bytes(40), struct.pack("<Q", 9) + b'{"a":{}} ' + bytes(8)):
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=r"model\.safetensors: .*expected safeten") as caught:
+            checkpoint._lazy(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_progress_counts_to_all_bytes(tmp_path: Path) -> None:

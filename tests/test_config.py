@@ -188,9 +188,10 @@ def test_a_broken_file_is_one_line(content: bytes | None, named: str, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["absent", "x" * 10_000])
+def test_a_missing_folder_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
-        config.read(tmp_path / "absent")
+        config.read(tmp_path / name)
 
 
 def test_eos_is_one_id_or_several() -> None:

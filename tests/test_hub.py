@@ -325,6 +325,14 @@ def test_a_size_is_the_newest_complete_conversion_of_that_size(
     assert choice.why == "newest local conversion of 0.8B"
 
 
+def test_a_home_of_an_unknown_user_holds_no_conversions(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN35_HOME", "~nobody-of-that-name/x")
+    assert hub.models() == Path("~nobody-of-that-name/x/models")
+    assert hub.resolve("0.8b").folder is None
+
+
 def test_a_size_without_conversion_is_the_4_bit_folder_of_mlx_community(fake: FakeHub) -> None:
     choice = hub.resolve("0.8b")
     total = sum(len(data) for data in model_files(config_08b()).values())

@@ -381,6 +381,9 @@ def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None
     path.write_text(json.dumps({"chat_template": named[:1]}))
     with pytest.raises(ModelError, match=r"holds \['tool_use'\]; one named 'default' was expected"):
         Template.read(tmp_path)
+    path.write_text(json.dumps({"chat_template": [{"name": []}, {"name": {}}, {}, 5]}))
+    with pytest.raises(ModelError, match="one named 'default' was expected"):
+        Template.read(tmp_path)
     path.write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(ModelError, match="chat_template is a int"):
         Template.read(tmp_path)

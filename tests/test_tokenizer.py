@@ -1,6 +1,7 @@
 """Encoding and decoding, against the tokenizers library and over random ids in many scripts."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -265,6 +266,23 @@ def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ModelError, match="tokenizer.json: cannot be read"):
         Tokenizer.read(tmp_path)
+
+
+def test_a_pipe_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")  # opening it would wait for ever
+    with pytest.raises(ModelError, match=r"tokenizer\.json: cannot be read: not a plain file\."):
+        Tokenizer.read(tmp_path)
+
+
+def test_a_text_the_library_fails_at_is_a_model_error() -> None:
+    lost = tokenizers.Tokenizer(models.WordLevel({"<|im_end|>": 0}, unk_token="<unk>"))
+    lost.decoder = decoders.ByteLevel()
+    panics = backend()
+    panics.normalizer = normalizers.Replace(Regex("(a|aa)+$"), "b")
+    for made, text in ((lost, "hello"), (panics, "a" * 100_000 + "!")):
+        with pytest.raises(ModelError, match=r"^x/tokenizer\.json: .*; expected a") as error:
+            Tokenizer(made, "x/tokenizer.json").encode(text)
+        assert "\n" not in str(error.value)
 
 
 def test_too_large_a_file_is_refused_unread(

@@ -375,9 +375,30 @@ def test_sources_that_are_no_clips_are_refused(tmp_path: Path) -> None:
     assert "http://127.0.0.1/a.mp4" in refused("http://127.0.0.1/a.mp4")
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("inf"), float("nan"), "2", True])
+@pytest.mark.parametrize(
+    "fps",
+    [0, -1, float("inf"), float("nan"), "2", True, [2], 5e-324, 1e-300, 1e300, 10_001, 10**5000],
+    ids=lambda fps: type(fps).__name__,
+)
 def test_an_fps_that_is_no_rate_is_refused(fps: Any) -> None:
     assert "fps is" in refused(flat(3), fps=fps)
+
+
+@pytest.mark.parametrize("fps", [0.001, 10_000])
+def test_the_slowest_and_the_fastest_rate_give_finite_times(fps: float) -> None:
+    assert np.isfinite(patches(open_video(flat(3), "video", fps=fps), SMALL).timestamps).all()
+
+
+def test_a_clip_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BreaksOff(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if size is None or size < 0:  # the header can be read, the whole cannot
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    data = animation("GIF", flat(2), 100)
+    monkeypatch.setattr("qwen35_mlx.video.open_stream", lambda *_: BreaksOff(data))
+    assert "Input/output error" in refused("a.gif")
 
 
 def test_frames_of_different_sizes_are_refused() -> None:
@@ -445,6 +466,15 @@ def test_settings_are_read(tmp_path: Path) -> None:
         {"max_frames": 7.5},
         {"patch_size": -16},
         {"cap_pixels_per_frame": True},
+        {"cap_pixels_per_frame": float("nan")},
+        {"fps": 10**400},
+        {"fps": float("nan")},
+        {"fps": 5e-324},
+        {"fps": 1e300},
+        {"fps": [2]},
+        {"max_frames": 10**12},
+        {"min_frames": [4]},
+        {"size": {"longest_edge": 10**13}},
     ],
 )
 def test_settings_that_are_not_done_are_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
