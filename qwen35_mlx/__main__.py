@@ -1,5 +1,7 @@
 """`qwen35-mlx COMMAND`, `python -m qwen35_mlx COMMAND`. A command is imported when used."""
 
+import os
+import signal
 import sys
 from importlib import import_module
 
@@ -14,6 +16,9 @@ def main() -> None:
     """Run the command named first; without one, list them."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            # Ctrl-C during the import is no traceback; `terminal.guarded` then takes over.
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         import_module(COMMANDS[name][0]).main(rest, f"qwen35-mlx {name}")
     elif name in ("--help", "-h"):
         print(_usage())

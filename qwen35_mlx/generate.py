@@ -1,7 +1,14 @@
 """`python -m qwen35_mlx.generate`: options in, streamed text out. README.md lists exit codes."""
 
-import json
 import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # Ctrl-C during the imports below is no traceback; `terminal.guarded` then takes over.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import json
+import re
 import sys
 import threading
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import terminal
-from .errors import InputError, OutOfMemory
+from .errors import InputError, OutOfMemory, shown
 from .terminal import gigabytes, note
 
 if TYPE_CHECKING:
@@ -64,6 +71,7 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
+                record = record[0], record[1].replace("x>=1", "at least 1")
                 groups["Sampling" if parameter.name in SAMPLING else "Options"].append(record)
         groups["Sampling (default: as recommended for the size and mode)"] = groups.pop("Sampling")
         for title, records in groups.items():
@@ -84,7 +92,20 @@ def _known_dtype(ctx: click.Context, option: click.Parameter, name: str | None) 
     return click.Choice(list(DTYPES)).convert(name, option, ctx)
 
 
-@click.command(cls=Command, context_settings={"max_content_width": 100})
+def _say_versions(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        from . import __version__ as ours
+
+        click.echo(f"qwen35-mlx {ours}, mlx {version('mlx')}")
+        ctx.exit()
+
+
+@click.command(
+    cls=Command,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "-m", "--model", metavar="NAME", help="Folder, Hub id, or size: 0.8b 2b 4b (default) 9b ..."
 )
@@ -114,6 +135,14 @@ def _known_dtype(ctx: click.Context, option: click.Parameter, name: str | None) 
 @click.option("--presence-penalty", type=float, metavar="X", help="Against words already said.")
 @click.option("--repetition-penalty", type=float, metavar="X", help="The same, by a factor.")
 @click.option("--seed", type=int, metavar="N", help="Repeat the same random choices.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_versions,
+    help="Say the versions of this and of MLX.",
+)
 @click.pass_context
 def command(ctx: click.Context, /, **given: Any) -> int:
     """Ask Qwen3.5 one question, with pictures and videos if you like.
@@ -129,6 +158,7 @@ def command(ctx: click.Context, /, **given: Any) -> int:
     media = tuple(
         (name.lstrip("-"), (images if name == "--image" else videos).pop(0)) for name in order
     )
+    given["stop"] = tuple(_valid(text, "--stop") for text in given["stop"])
     sampling = {key: value for key in SAMPLING if (value := given.pop(key)) is not None}
     return run(Request(media=media, sampling=sampling, json=given.pop("as_json"), **given))
 
@@ -147,6 +177,8 @@ def run(request: Request) -> int:
     from .sampling import Sampling
 
     Sampling(**request.sampling)
+    if request.model == "":
+        raise InputError("--model: the name is empty; expected a folder, Hub id or size. Name one.")
     messages = _messages(request)
     tools = _tools(request.tools)
     bar = terminal.Bar(not request.quiet and sys.stderr.isatty())
@@ -155,7 +187,10 @@ def run(request: Request) -> int:
         model, folder = _load(request, stage)
         typed_urls = any(_is_url(source) for _, source in request.media)
         stage.enter("prompt")
-        prompt = model.prompt(messages, tools, request.thinking, allow_url=typed_urls)
+        try:
+            prompt = model.prompt(messages, tools, request.thinking, allow_url=typed_urls)
+        except InputError as error:
+            raise InputError(_as_typed(str(error), request.media)) from None
         return _stream(request, model, folder, prompt, stage)
     except KeyboardInterrupt:
         bar.close()
@@ -166,12 +201,22 @@ def run(request: Request) -> int:
         bar.close()
 
 
+def _as_typed(message: str, media: tuple[tuple[str, str], ...]) -> str:
+    """An error about a part of the conversation, as one about the option that put it there."""
+    found = re.match(r"messages\[\d+\] \(user\) part (\d+): ", message)
+    if found is None or int(found[1]) >= len(media):
+        return message
+    kind, source = media[int(found[1])]
+    told = message[found.end() :].removeprefix(f"{shown(source)}: ")
+    return f"--{kind} {shown(source)}: {told}"
+
+
 def _load(request: Request, stage: terminal.Stage) -> "tuple[Qwen35, str]":
     """The model, and the folder or repository it came from; says so when it was not typed."""
     from . import api, hub
     from .loader import DTYPES
 
-    choice = hub.resolve(request.model or _default_model())
+    choice = hub.resolve(_default_model() if request.model is None else request.model)
     if not request.quiet:
         _say_choice(request, choice)
     if choice.folder is None:
@@ -194,7 +239,7 @@ def _default_model() -> str:
 
 
 def _say_choice(request: Request, choice: "Choice") -> None:
-    chosen = "" if request.model else f"no --model given, so {choice.name}: "
+    chosen = "" if request.model is not None else f"no --model given, so {choice.name}: "
     if choice.folder is None:
         note(
             f"{chosen}{choice.repo} ({choice.why}), {gigabytes(choice.bytes)} to download, "
@@ -243,7 +288,8 @@ def _prompt_text(given: str | None) -> str:
             note("type the prompt, then Ctrl-D on a line of its own")
         text, where = _decoded(sys.stdin.buffer.read()), "stdin"
     if not text.strip():
-        raise InputError(f"{where}: the prompt is empty; expected a question. Write one.")
+        advice = 'Add --prompt "...".' if from_stdin else "Write one."
+        raise InputError(f"{where}: the prompt is empty; expected a question. {advice}")
     return text
 
 
@@ -258,11 +304,14 @@ def _decoded(data: bytes) -> str:
 
 
 def _valid(text: str | None, where: str) -> str:
-    """Arguments that were no UTF-8 arrive with lone surrogates in them."""
+    """Bytes that the locale cannot read arrive as lone surrogates; they may be UTF-8 still."""
     text = text or ""
-    if any(0xD800 <= ord(char) <= 0xDFFF for char in text):
-        raise InputError(f"{where}: is not UTF-8; expected UTF-8 text. Convert it first.")
-    return text
+    if not any(0xD800 <= ord(char) <= 0xDFFF for char in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{where}: is not UTF-8; expected UTF-8 text. Convert it first.") from None
 
 
 def _is_url(source: str) -> bool:
@@ -272,6 +321,8 @@ def _is_url(source: str) -> bool:
 def _tools(path: str | None) -> list[dict[str, Any]] | None:
     if path is None:
         return None
+    if not os.path.exists(path):
+        raise InputError(f"--tools {path}: no such file. Check the path.")
     try:
         tools = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -306,23 +357,31 @@ def _stream(
                 cancel=cancel,
                 progress=lambda p: stage.report(p.stage, p.done, p.total),
             ):
-                stage.enter("answering")
                 if isinstance(event, Finish):
-                    return _finish(request, event, output)
+                    return _finish(request, event, output, stage)
+                stage.enter("answering")
                 output.event(event)
     finally:
         output.close()
     raise ValueError("the stream ended without a Finish")
 
 
-def _finish(request: Request, finish: "Finish", output: terminal.Output) -> int:
+def _finish(
+    request: Request, finish: "Finish", output: terminal.Output, stage: terminal.Stage
+) -> int:
     """Close the answer and say the figures. Returns the exit code."""
     output.finish(finish)
-    if not request.quiet:
+    stage.bar.close()
+    interrupted = finish.reason == "cancelled"
+    if request.quiet:
+        pass
+    elif interrupted and not finish.usage.generated_tokens:
+        note(f"{stage.interrupted()} ({finish.usage.prompt_tokens:,} tokens read)")
+    else:
         if finish.reason == "length":
             note("stopped at the limit of tokens; --max-tokens raises it")
-        note(terminal.figures(finish.usage))
-    return terminal.INTERRUPTED if finish.reason == "cancelled" else 0
+        note(("interrupted; " if interrupted else "") + terminal.figures(finish.usage))
+    return terminal.INTERRUPTED if interrupted else 0
 
 
 if __name__ == "__main__":

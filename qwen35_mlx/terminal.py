@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -38,6 +38,7 @@ TITLES = {
 }
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 SHOW_CURSOR = b"\x1b[?25h"
+LONGEST = 500  # characters of a note; what was typed may be of any length
 BAR_DELAY = 0.5  # seconds; what is over sooner needs no bar, and rich need not be imported
 
 # C0 and DEL become their pictures (U+2400 ...), C1 the replacement character; line feed and tab
@@ -67,8 +68,20 @@ def gigabytes(count: float) -> str:
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
-    print(harmless_line(text), file=sys.stderr, flush=True)
+    """One line on stderr; a long one keeps its end, which says what to do."""
+    line = harmless_line(text)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - 205]} ... {line[-200:]}"
+    _remark(line + "\n")
+
+
+def _remark(text: str) -> None:
+    """Onto stderr, where that can be written: its failure must not cost the answer on stdout."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _abandon(2)
 
 
 class Bar:
@@ -216,27 +229,29 @@ class Writer:
     def _say(self, text: str) -> None:
         self._end_thinking()
         self.last = text[-1:] or self.last
-        _write(self.answer, text)
+        # The model's text: untouched into files and pipes, harmless on a terminal.
+        self.answer.write(neutral(text) if self.answer.isatty() else text)
+        self.answer.flush()
 
     def _think(self, text: str) -> None:
         if self.quiet:
             return
         if not self.thinking:
             self.thinking = True
-            self.aside.write(DIM if self.dim else "<think>\n")
-        _write(self.aside, text)
+            self._put_aside(DIM if self.dim else "<think>\n")
+        self._put_aside(neutral(text) if self.aside.isatty() else text)
 
     def _end_thinking(self) -> None:
         if self.thinking:
             self.thinking = False
-            self.aside.write(f"{PLAIN}\n\n" if self.dim else "\n</think>\n\n")
+            self._put_aside(f"{PLAIN}\n\n" if self.dim else "\n</think>\n\n")
+
+    def _put_aside(self, text: str) -> None:
+        if self.aside is sys.stderr:
+            _remark(text)
+        else:
+            self.aside.write(text)
             self.aside.flush()
-
-
-def _write(stream: IO[str], text: str) -> None:
-    """Text of the model's: untouched into files and pipes, harmless on a terminal."""
-    stream.write(neutral(text) if stream.isatty() else text)
-    stream.flush()
 
 
 def figures(usage: "Usage") -> str:
@@ -245,17 +260,20 @@ def figures(usage: "Usage") -> str:
     # The first token comes out of reading the prompt.
     generated = _rate(usage.generated_tokens - 1, usage.generation_seconds)
     parts = [
-        f"prompt: {usage.prompt_tokens:,} tokens{prompt}",
-        f"generated: {usage.generated_tokens:,} tokens{generated}",
-        f"peak memory {gigabytes(usage.peak_bytes)}",
+        f"prompt {usage.prompt_tokens:,} tokens{prompt}",
+        f"answer {usage.generated_tokens:,} tokens{generated}",
+        f"peak {gigabytes(usage.peak_bytes)}",
     ]
     if usage.generated_tokens:
-        parts.insert(2, f"first token after {usage.first_token_seconds:.2f} s")
+        parts.insert(2, f"first token {usage.first_token_seconds:.2f} s")
     return "; ".join(parts)
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    return f", {tokens / seconds:,.1f} tokens/s" if tokens > 0 and seconds > 0 else ""
+    if tokens <= 0 or seconds <= 0:
+        return ""
+    rate = tokens / seconds
+    return f", {rate:,.0f} tokens/s" if rate >= 100 else f", {rate:.1f} tokens/s"
 
 
 @contextmanager
@@ -276,10 +294,11 @@ def leaving_at_once(quiet: bool) -> Iterator[None]:
     """Ctrl-C ends the process now: the Hub's client would first finish the files in flight."""
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
-        if sys.stderr.isatty():
-            os.write(2, SHOW_CURSOR)  # the bar hid it
-        if not quiet:
-            os.write(2, b"\ninterrupted; the download goes on from here next time\n")
+        with suppress(OSError):
+            if sys.stderr.isatty():
+                os.write(2, SHOW_CURSOR)  # the bar hid it
+            if not quiet:
+                os.write(2, b"\ninterrupted; the download goes on from here next time\n")
         os._exit(INTERRUPTED)
 
     with _handling(handle):
@@ -302,6 +321,8 @@ def guarded(command: click.Command, argv: list[str], prog: str) -> int:
     """
     _prepare_streams()
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with command.make_context(prog, argv) as context:
             return int(command.invoke(context) or 0)
     except click.exceptions.Exit as end:  # --help
@@ -313,13 +334,13 @@ def guarded(command: click.Command, argv: list[str], prog: str) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _abandon_stdout()
+        _abandon(1)
         return CLOSED_PIPE
     except Exception as error:
         if os.environ.get("QWEN35_TRACEBACK"):
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _abandon_stdout()
+            _abandon(1)
             note(f"error: stdout: {error.strerror}; expected room for the answer. Free some.")
             return MISTAKE
         note(
@@ -331,7 +352,16 @@ def guarded(command: click.Command, argv: list[str], prog: str) -> int:
 
 
 def _prepare_streams() -> None:
-    """A stream that was closed (`>&-`) swallows; a Latin-1 terminal must not end the answer."""
+    """A stream that was closed (`>&-`) swallows; a Latin-1 terminal must not end the answer.
+
+    Its number must not fall to the next file opened: MLX takes a file numbered 0 for a failure,
+    and what is written to stderr would go into a file numbered 2.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -339,6 +369,6 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _abandon_stdout() -> None:
-    """Python flushes stdout once more at exit; that must not fail and complain again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _abandon(number: int) -> None:
+    """Python flushes stdout and stderr once more at exit; that must not fail and complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -25,7 +25,7 @@ ALLOWED: dict[str, str] = {
     "settings": "errors files",
     "image": "errors source settings",
     "movie": "errors source image",
-    "video": "errors source settings image movie",
+    "video": "errors files source settings image movie",
     "tokenizer": "errors",
     "budget": "",
     "sandbox": "budget",
@@ -51,7 +51,7 @@ ALLOWED: dict[str, str] = {
     "convert": "",
     "__init__": "errors prompt parse sampling api",
     "terminal": "errors parse",
-    "generate": "errors family memory loader hub sampling api terminal",
+    "generate": "__init__ errors family memory loader hub sampling api terminal",
     "__main__": "__init__",
 }
 HEAVY = (

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qwen35_mlx import api, family, generate, hub, memory, terminal
+from qwen35_mlx import __version__, api, family, generate, hub, memory, terminal
 from qwen35_mlx.api import Finish, Progress, Usage
 from qwen35_mlx.errors import InputError, ModelError
 from qwen35_mlx.parse import Reasoning, Text, ToolCall
@@ -27,8 +28,8 @@ from qwen35_mlx.sampling import Sampling
 ROOT = Path(__file__).parents[1]
 USAGE = Usage(1234, 101, 2.0, 4.0, 2.25, 3_500_000_000)
 FIGURES = (
-    "prompt: 1,234 tokens, 617.0 tokens/s; generated: 101 tokens, 25.0 tokens/s; "
-    "first token after 2.25 s; peak memory 3.5 GB"
+    "prompt 1,234 tokens, 617 tokens/s; answer 101 tokens, 25.0 tokens/s; "
+    "first token 2.25 s; peak 3.5 GB"
 )
 Steps = list[list[Any]]
 
@@ -85,7 +86,10 @@ class Scripted:
                 ready()
                 for _ in range(int(values[0] / 0.01)):
                     if cancel.is_set():
-                        yield Finish("cancelled", USAGE)
+                        begun = ["text"] in [step[:1] for step in self.steps]
+                        yield Finish(
+                            "cancelled", USAGE if begun else replace(USAGE, generated_tokens=0)
+                        )
                         return
                     time.sleep(0.01)
             elif kind == "hang":  # deaf to `cancel`
@@ -324,7 +328,7 @@ def test_json_is_one_event_per_line_and_harmless_on_a_terminal(ask: Ask) -> None
 def test_figures_of_an_answer_that_never_began() -> None:
     usage = Usage(10, 0, 0.5, 0.0, 0.0, 999)
     assert terminal.figures(usage) == (
-        "prompt: 10 tokens, 20.0 tokens/s; generated: 0 tokens; peak memory 999 bytes"
+        "prompt 10 tokens, 20.0 tokens/s; answer 0 tokens; peak 999 bytes"
     )
 
 
@@ -335,14 +339,16 @@ def test_figures_of_an_answer_that_never_began() -> None:
     ("argv", "stdin", "message"),
     [
         (["-p", "  \n"], b"", "--prompt: the prompt is empty; expected a question. Write one."),
-        ([], b"", "stdin: the prompt is empty; expected a question. Write one."),
+        ([], b"", 'stdin: the prompt is empty; expected a question. Add --prompt "...".'),
+        (["-p", "Q", "--model", ""], b"", "--model: the name is empty; expected a folder,"),
+        (["-p", "Q", "--max-tokens", "9" * 5000], b"", "Invalid value for '--max-tokens'"),
         ([], b"ab\xff", "stdin: byte 0xff at offset 2 is not UTF-8; expected UTF-8 text."),
         (["-p", "a\udcffb"], b"", "--prompt: is not UTF-8; expected UTF-8 text."),
         (["-p", "Q", "--system", "\udcff"], b"", "--system: is not UTF-8; expected UTF-8 text."),
         (["-p", "Q", "--image", "no.png"], b"", "--image no.png: no such file. Check the path."),
         (["-p", "Q", "--video", "no.mp4"], b"", "--video no.mp4: no such file. Check the path."),
         (["-p", "Q", "--image", "x" * 5000], b"", "--image xxx"),
-        (["-p", "Q", "--tools", "no.json"], b"", "--tools no.json: [Errno 2] No such file"),
+        (["-p", "Q", "--tools", "no.json"], b"", "--tools no.json: no such file. Check the path."),
         (["-p", "Q", "--temperature", "-1"], b"", "sampling: temperature is -1.0; expected"),
         (["-p", "Q", "--top-p", "nan"], b"", "sampling: top_p is nan; expected"),
         (["-p", "Q", "--max-tokens", "0"], b"", "Invalid value for '--max-tokens': 0 is not in"),
@@ -357,6 +363,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     code, out, err = ask(*argv, stdin=stdin)
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith(f"error: {message}"), err
+    assert len(err) <= 501
     assert "folder" not in ask.asked  # found before the weights were read
 
 
@@ -414,11 +421,24 @@ def test_help_fits_one_screen(ask: Ask) -> None:
 
 # -- terminals, pipes and signals: real processes ----------------------------------------------
 
+CLOSED_STDIN = "import os, sys; os.close(0); os.execv(sys.argv[1], sys.argv[1:])"
+# click is the first import that takes a while.
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(name, *_):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+runpy.run_module("qwen35_mlx.generate", run_name="__main__")
+"""
 SERVE = "import sys, json, test_generate as t; t.serve(json.loads(sys.argv[1]), sys.argv[2:])"
 
 
 def serve(script: dict[str, Any], argv: list[str]) -> None:
     """In a child process: the command with a scripted model."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have it ignored
     stand_in(Scripted(script["steps"]), script.get("load", 0.0))
     generate.main(argv)
 
@@ -505,7 +525,7 @@ def test_ctrl_c_keeps_what_was_said_and_prints_the_figures() -> None:
     assert process.stdout.read(6) == "So far"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "\n", FIGURES + "\n")
+    assert (process.returncode, out, err) == (130, "\n", f"interrupted; {FIGURES}\n")
 
 
 def test_a_second_ctrl_c_insists() -> None:
@@ -538,7 +558,8 @@ def test_ctrl_c_before_the_answer(tmp_path: Path, script: dict[str, Any], stage:
     if stage:
         assert re.fullmatch(rf"interrupted while {stage}, after \d+\.\d s\n", err), err
     else:
-        assert err == FIGURES + "\n"
+        said = r"interrupted while reading the prompt, after \d+\.\d s \(1,234 tokens read\)\n"
+        assert re.fullmatch(said, err), err
 
 
 def test_a_closed_pipe_ends_quietly() -> None:
@@ -553,7 +574,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     ("redirect", "code", "said"),
     [
         (">/dev/full", 2, "error: stdout: No space left on device; expected room for the answer."),
-        (">&-", 0, "prompt: 1,234 tokens"),
+        (">&-", 0, "prompt 1,234 tokens"),
         ("2>&- >/dev/null", 0, ""),
     ],
 )
@@ -561,7 +582,7 @@ def test_a_full_disk_or_a_closed_stream_is_no_traceback(
     redirect: str, code: int, said: str
 ) -> None:
     if redirect == ">/dev/full" and not Path("/dev/full").exists():
-        redirect, code, said = ">&-", 0, "prompt: 1,234 tokens"  # macOS has no such device
+        redirect, code, said = ">&-", 0, "prompt 1,234 tokens"  # macOS has no such device
     done = subprocess.run(
         ["/bin/sh", "-c", f'"$@" {redirect}', "sh", *command({"steps": [["text", "So"]]})],
         env=environment(),
@@ -572,6 +593,63 @@ def test_a_full_disk_or_a_closed_stream_is_no_traceback(
     )
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said), done.stderr
+
+
+def test_a_broken_stderr_does_not_cost_the_answer() -> None:
+    script = {"steps": [["reasoning", "Hm"], ["text", "So"], ["reasoning", "?"], ["text", "."]]}
+    full = ["/dev/full"] if Path("/dev/full").exists() else []  # macOS has no such device
+    for argv, expected in (([], (0, "So.\n")), (["--prompt", ""], (2, ""))):
+        read, pipe = os.pipe()
+        os.close(read)
+        for broken in (pipe, *(os.open(path, os.O_WRONLY) for path in full)):
+            done = subprocess.run(
+                command(script, *argv),
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=broken,
+                text=True,
+                timeout=60,
+            )
+            os.close(broken)
+            assert (done.returncode, done.stdout) == expected
+
+
+def test_a_closed_stdin_leaves_its_number_to_no_other_file() -> None:
+    asked = ["-m", "qwen35_mlx.generate", *DEMO, "-p", "Hello", "-q", "--max-tokens", "1"]
+    done = from_checkout("-c", CLOSED_STDIN, sys.executable, *asked)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback() -> None:
+    done = from_checkout("-c", INTERRUPTED_IMPORT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_utf8_is_read_whatever_the_locale() -> None:
+    done = subprocess.run(
+        command({"steps": [["text", "a"]]}, "-p", "ä", "--stop", "ü"),
+        env=environment(LC_ALL="C", PYTHONUTF8="0"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, b"a\n"), done.stderr
+
+
+@pytest.mark.parametrize("asked", ["-h", "--version"])
+def test_help_and_versions_need_no_prompt(ask: Ask, asked: str) -> None:
+    code, out, err = ask(asked)
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: " if asked == "-h" else f"qwen35-mlx {__version__}, mlx ")
+
+
+def test_an_error_about_a_picture_names_the_option() -> None:
+    media = (("image", "a.png"), ("video", "b.gif"))
+    for told in ("b.gif: is empty", "is empty"):
+        found = generate._as_typed(f"messages[1] (user) part 1: {told}", media)
+        assert found == "--video b.gif: is empty"
+    assert generate._as_typed("messages[0] (user) part 2: x", media).startswith("messages[0]")
 
 
 def test_a_narrow_encoding_does_not_end_the_answer() -> None:
@@ -617,8 +695,8 @@ def test_make_demo_describes_the_picture() -> None:
     assert done.stdout == f"{answer}\n"
     number = r"[\d,]+(\.\d+)?"
     figures = (
-        rf"prompt: {number} tokens, {number} tokens/s; generated: {number} tokens, "
-        rf"{number} tokens/s; first token after {number} s; peak memory {number} MB\n"
+        rf"prompt {number} tokens, {number} tokens/s; answer {number} tokens, "
+        rf"{number} tokens/s; first token {number} s; peak {number} MB\n"
     )
     assert re.fullmatch(figures, done.stderr), done.stderr
 
