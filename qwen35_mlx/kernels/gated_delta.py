@@ -23,7 +23,8 @@ def gated_delta(
     """Run the rule over T tokens; one token takes a direct step, more take the chunked form.
 
     q, k: `[B, T, Hk, Dk]` f32, already normalised, q scaled; v: `[B, T, Hv, Dv]` f32;
-    log_g, beta: `[B, T, Hv]` f32; state: `[B, Hv, Dk, Dv]` f32, None for zeros. Value head j uses key head
+    log_g, beta: `[B, T, Hv]` f32; state: `[B, Hv, Dk, Dv]` f32, None for zeros.
+    Value head j uses key head
     j / (Hv / Hk).
     Returns: o `[B, T, Hv, Dv]` f32 and the state after the last token.
     Source: transformers `torch_recurrent_gated_delta_rule` and `torch_chunk_gated_delta_rule`;
