@@ -1,5 +1,13 @@
-"""Imported as `qwen35_mlx.convert`: writes model folders of our own from Hugging Face ones.
+"""Imported as `qwen35_mlx.convert`: writes complete 3- to 16-bit folders of Qwen3.5 for MLX.
 
-There is no converter in this release. Folders in the layouts of Hugging Face and of
-mlx-community are read as they are, so nothing has to be converted to run a model.
+Data walks through the files in this order: `options` (what was asked), `source` (a folder's rows as
+floats), `recipe` (how each matrix is stored), `layout` (what the folder gets, from which rows),
+`plan` (every byte of the output), `job` (does it), `writer` and `folder` (onto the disk, safely).
 """
+
+from .job import Progress, convert
+from .options import Options, options
+from .plan import Plan, plan
+from .source import Source, open_folder
+
+__all__ = ["Options", "Plan", "Progress", "Source", "convert", "open_folder", "options", "plan"]

@@ -4,27 +4,15 @@ Names in here are those of the published checkpoints (`model.language_model.laye
 additions: expert stacks end in `.weight`, and packed matrices have `.scales` and `.biases`.
 """
 
-import json
-import math
-import os
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
 from .errors import ModelError, one_line
-from .files import Section, is_whole, read_json
+from .shards import Entry, declared_sidecars
 
-INDEX = "model.safetensors.index.json"
-HEADER_BYTES = 256 << 20
-AXES, LONGEST_AXIS = 8, (1 << 31) - 1  # MLX counts along an axis in 32 bits
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
-    "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
 READABLE = ("BF16", "F16", "F32", "U32", "U8")
 # Zero-centred in Hugging Face folders: the factor is 1 + w. The gated norm and the tower's are not.
 ZERO_CENTRED = re.compile(
@@ -32,121 +20,13 @@ ZERO_CENTRED = re.compile(
     r"|pre_fc_norm_embedding|pre_fc_norm_hidden)\.weight$"
 )
 KEPT_F32 = re.compile(r"linear_attn\.(A_log|dt_bias|norm\.weight|conv1d\.weight)$")
+MLX_PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head", "lm_head"),
+    ("vision_tower.", "model.visual."),
+)
+FOREIGN_MTP = ("mtp.", "language_model.mtp.")
 LOOSE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.([0-9]{1,6})\.(gate|up|down)_proj\.weight$")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored tensor, as the safetensors header describes it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder, from headers alone.
-
-    Raises: ModelError for a missing shard, a broken index or header, a truncated file.
-    """
-    index = folder / INDEX
-    # os.path answers False where Path raises: names too long. Opening a pipe would wait for ever.
-    if not os.path.isfile(index):
-        single = folder / "model.safetensors"
-        if not os.path.isfile(single):
-            raise ModelError(
-                f"{folder}: no model.safetensors and no {INDEX}; expected the weights of a model. "
-                "Download the folder again."
-            )
-        return header(single)
-    weight_map = _weight_map(index)
-    found: dict[str, Entry] = {}
-    for name in sorted(set(weight_map.values())):
-        stored = header(folder / name)
-        wanted = {tensor for tensor, file in weight_map.items() if file == name}
-        for tensor in sorted(wanted - stored.keys()):
-            raise ModelError(
-                f"{folder / name}: no tensor {tensor}; {INDEX} expects it there. "
-                "Download the folder again."
-            )
-        for tensor in sorted(stored.keys() - wanted):
-            raise ModelError(
-                f"{folder / name}: holds {tensor}, which {INDEX} does not list for it. "
-                "Download the folder again."
-            )
-        found |= stored
-    return found
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = Section(read_json(index), str(index)).section("weight_map").values
-    for tensor, name in weight_map.items():
-        # A plain name: an index must not lead out of the folder it lies in.
-        plain = isinstance(name, str) and re.fullmatch(r"[\w][\w.\-]*\.safetensors", name)
-        if not plain:
-            raise ModelError(
-                f"{index}: {tensor} lies in {name!r}; expected a .safetensors file of this folder."
-            )
-        if not os.path.isfile(index.parent / name):
-            raise ModelError(
-                f"{index.parent}: {name} is missing; {INDEX} names it. Download the folder again."
-            )
-    return weight_map
-
-
-def header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file, checked against the file's length.
-
-    Raises: ModelError naming the file and what is wrong.
-    """
-
-    def broken(what: str) -> ModelError:
-        return ModelError(f"{path}: {what}. The file is damaged; download it again.")
-
-    if not os.path.isfile(path):
-        raise ModelError(f"{path}: no such plain file; expected safetensors. Download it again.")
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(HEADER_BYTES, size - 8):
-                raise broken(f"{size} bytes with a header of {length}; expected safetensors")
-            values = json.loads(file.read(length))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; expected a readable file.") from None
-    except (ValueError, RecursionError):
-        raise broken("its header is not JSON") from None
-    if not isinstance(values, dict):
-        raise broken("its header is not a JSON object")
-    notes = values.pop("__metadata__", None) or {}  # MLX writes null for none
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise broken("its __metadata__ is no object of texts")
-    found: dict[str, Entry] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, value in values.items():
-        try:
-            begin, stop = value["data_offsets"]
-            shape, dtype = value["shape"], value["dtype"]
-            usable = isinstance(shape, list) and all(map(is_whole, (begin, stop, *shape)))
-            if not usable or len(shape) > AXES or max(shape, default=0) > LONGEST_AXIS:
-                raise ValueError
-            nbytes = ITEM_BYTES[dtype] * math.prod(shape)
-        except (KeyError, TypeError, ValueError):
-            raise broken(f"{name} has no usable dtype, shape and offsets") from None
-        if stop - begin != nbytes:
-            raise broken(f"{name} spans {stop - begin} bytes; its shape needs {nbytes}")
-        spans.append((begin, stop, name))
-        found[name] = Entry(path, dtype, tuple(shape), nbytes)
-    end = 0
-    for begin, stop, name in sorted(spans):
-        if begin != end:
-            raise broken(f"{name} begins at byte {begin}; the one before it ends at {end}")
-        end = stop
-    if end != size - 8 - length:
-        raise broken(f"holds {size} bytes; its header describes {8 + length + end}")
-    return found
 
 
 def is_mlx(stored: Mapping[str, Entry], folder: Path) -> bool:
@@ -170,7 +50,7 @@ def read(folder: Path, stored: Mapping[str, Entry], dtype: mx.Dtype) -> dict[str
     """Lazy arrays by name, matrices in `dtype`, norms whole (1 + w) and in f32.
 
     stored: what `entries` found. MTP tensors of an mlx-community folder are left out: nothing in
-    such a folder declares whether its norms include the 1.
+    such a folder declares whether its norms include the 1. Ours does.
     Raises: ModelError for a dtype this runtime does not read, or a tensor that has not the axes of
     the folder's layout.
     """
@@ -184,7 +64,9 @@ def read(folder: Path, stored: Mapping[str, Entry], dtype: mx.Dtype) -> dict[str
         _check_axes(name, entry, mlx)
     raw: dict[str, mx.array] = {}
     for file in sorted({entry.file for entry in stored.values()}):
-        raw |= _lazy(file)
+        raw |= {n: a for n, a in _lazy(file).items() if stored[n].file == file}
+    if mlx and declared_sidecars(folder) is None:
+        raw = {n: a for n, a in raw.items() if not n.startswith(FOREIGN_MTP)}
     arrays = _from_mlx(raw, folder) if mlx else _from_hugging_face(raw, folder)
     return {name: _typed(name, value, dtype) for name, value in arrays.items()}
 
@@ -278,8 +160,6 @@ def _stacked(raw: dict[str, mx.array], folder: Path) -> dict[str, mx.array]:
 def _from_mlx(raw: dict[str, mx.array], folder: Path) -> dict[str, mx.array]:
     arrays: dict[str, mx.array] = {}
     for name, value in raw.items():
-        if name.startswith(("mtp.", "language_model.mtp.")):
-            continue
         name = from_mlx_name(name)
         if name.endswith("conv1d.weight"):
             value = value.squeeze(-1).T
@@ -301,13 +181,17 @@ def _from_mlx(raw: dict[str, mx.array], folder: Path) -> dict[str, mx.array]:
 
 def from_mlx_name(name: str) -> str:
     """mlx-community's name of a tensor or module as the published checkpoints spell it."""
-    for theirs, ours in (
-        ("language_model.model.", "model.language_model."),
-        ("language_model.lm_head", "lm_head"),
-        ("vision_tower.", "model.visual."),
-    ):
+    for theirs, ours in MLX_PREFIXES:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
+    return name
+
+
+def to_mlx_name(name: str) -> str:
+    """The reverse. Joined experts, which have two names there, keep their own."""
+    for theirs, ours in MLX_PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
     return name
 
 

@@ -3,21 +3,19 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
 from .files import LARGEST, Section, brief, is_whole, read_json
+from .packing import Quantization, declared
 
 DENSE = ("qwen3_5", "qwen3_5_text")
 SPARSE = ("qwen3_5_moe", "qwen3_5_moe_text")
 DTYPES = ("bfloat16", "float16", "float32")
 # Far above the family's 64 layers and 262,144 positions; what is larger is a damaged file.
 LAYERS, POSITIONS = 1000, 1 << 31
-# Packed formats of `mx.quantize`: the last three fix their own bits and group size.
-MODES = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -84,27 +82,6 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class Format:
-    """One matrix's packing: `mode` of `mx.quantize`, bits per weight, columns per scale."""
-
-    mode: str
-    bits: int
-    group_size: int
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """The folder's default format and its exceptions by module path (None: not packed)."""
-
-    default: Format
-    overrides: Mapping[str, Format | None] = field(default_factory=dict)
-
-    def of(self, path: str) -> Format | None:
-        """Format of the module called `path` in the folder's own naming."""
-        return self.overrides.get(path, self.default)
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole model folder's declaration. `vision` is None for text-only folders."""
 
@@ -155,7 +132,7 @@ def parse(values: Any, where: str) -> Config:
     return Config(
         text=_text(text, sparse=kind in SPARSE),
         vision=_vision(vision) if vision else None,
-        quantization=_quantization(top),
+        quantization=declared(top),
         tie_word_embeddings=top.flag("tie_word_embeddings", text.flag("tie_word_embeddings")),
         dtype=_dtype(text),
         eos_token_ids=_eos_token_ids(top, text),
@@ -350,52 +327,3 @@ def _vision(vision: Section) -> VisionConfig:
             f"expected a multiple of 4 x num_heads, {4 * config.num_heads}."
         )
     return config
-
-
-def _quantization(top: Section) -> Quantization | None:
-    """MLX's `quantization` block. Other packings (FP8, GPTQ, AWQ ...) are refused by name."""
-    key = "quantization" if top.get("quantization") is not None else "quantization_config"
-    if top.get(key) is None:
-        return None
-    block = top.section(key)
-    if key == "quantization_config" and "quant_method" in block.values:
-        raise ModelError(
-            f"{top.where}: weights are packed as {brief(block.values['quant_method'])}; "
-            "expected BF16 weights or an MLX quantization. Convert the folder first."
-        )
-    default = _format(block, None)
-    overrides: dict[str, Format | None] = {}
-    for key, value in block.values.items():
-        if isinstance(value, dict):
-            overrides[key] = _format(Section(value, f"{block.where}: {key}"), default)
-        elif value is False:
-            overrides[key] = None
-        elif value is True:
-            overrides[key] = default
-    return Quantization(default, overrides)
-
-
-def _format(block: Section, default: Format | None) -> Format:
-    mode = block.values.get("mode", default.mode if default else "affine")
-    if not isinstance(mode, str) or mode not in MODES:
-        raise ModelError(
-            f"{block.where}: mode is {brief(mode)}; expected one of {', '.join(MODES)}. "
-            "Update the project or convert the folder again."
-        )
-    same = default if default and default.mode == mode else None
-    bits, group = MODES[mode] or (same.bits if same else 4, same.group_size if same else 64)
-    found = Format(mode, block.size("bits", bits), block.size("group_size", group))
-    fixed = MODES[mode]
-    if fixed and (found.bits, found.group_size) != fixed:
-        raise ModelError(
-            f"{block.where}: {mode} with {found.bits} bits and group {found.group_size}; "
-            f"expected {fixed[0]} bits and group {fixed[1]}."
-        )
-    if mode == "affine" and (
-        found.bits not in AFFINE_BITS or found.group_size not in AFFINE_GROUPS
-    ):
-        raise ModelError(
-            f"{block.where}: {found.bits} bits in groups of {found.group_size}; "
-            "expected 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128."
-        )
-    return found

@@ -12,6 +12,10 @@ class ModelError(Qwen35Error):
     """A model folder, its configuration, tensors or tokenizer files cannot be used."""
 
 
+class ConversionError(Qwen35Error):
+    """A conversion's options, its output folder or the disk do not allow it."""
+
+
 class InputError(Qwen35Error):
     """A prompt, message, picture, video, template or sampling value cannot be used."""
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config, family
+from . import config, family, shards
 from .errors import ModelError, one_line
 from .template import Template
 
@@ -111,7 +111,7 @@ def is_complete(folder: Path) -> bool:
         return False
     try:
         Template.read(folder)
-        return bool(checkpoint.entries(folder))
+        return bool(shards.entries(folder))
     except ModelError:
         return False
 

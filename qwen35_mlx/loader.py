@@ -7,11 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import checkpoint, family, memory
-from .config import AFFINE_BITS, AFFINE_GROUPS, MODES, Config, Format, Quantization
+from . import checkpoint, family, memory, shards
+from .config import Config
 from .errors import InputError, ModelError
 from .layers.moe import GroupedLinear
 from .model import Model
+from .packing import Format, Quantization, measured
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -31,7 +32,7 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise InputError(f"dtype: {dtype!r}; expected mlx.core's {', '.join(DTYPES)}, or None.")
-    stored = checkpoint.entries(folder)
+    stored = shards.entries(folder)
     dtype = dtype or _own_dtype(config)
     _require_memory(folder, config, stored, dtype)
     arrays = checkpoint.read(folder, stored, dtype)
@@ -67,10 +68,10 @@ def _store_by_columns(model: Model, arrays: dict[str, mx.array]) -> None:
 
 
 def _require_memory(
-    folder: Path, config: Config, stored: Mapping[str, checkpoint.Entry], dtype: mx.Dtype
+    folder: Path, config: Config, stored: Mapping[str, shards.Entry], dtype: mx.Dtype
 ) -> None:
     needed = sum(
-        entry.nbytes // checkpoint.ITEM_BYTES[entry.dtype] * dtype.size
+        entry.nbytes // shards.ITEM_BYTES[entry.dtype] * dtype.size
         if entry.dtype in ("BF16", "F16", "F32")
         else entry.nbytes
         for entry in stored.values()
@@ -119,20 +120,10 @@ def _by_our_names(packing: Quantization | None) -> dict[str, Format | None]:
 def _measured(
     arrays: Mapping[str, mx.array], path: str, columns: int, declared: Format, folder: Path
 ) -> Format:
-    """Bits and group size as the packed widths have them; the configuration may omit overrides."""
     weight, scales = arrays.get(f"{path}.weight"), arrays[f"{path}.scales"]
     if weight is None or weight.dtype != mx.uint32 or min(weight.ndim, scales.ndim) < 2:
         raise ModelError(f"{folder}: {path}.scales without packed weights. Convert it again.")
-    bits, bits_left = divmod(32 * weight.shape[-1], columns)
-    group, group_left = divmod(columns, max(scales.shape[-1], 1))
-    fixed = MODES[declared.mode]
-    known = (bits, group) == fixed if fixed else bits in AFFINE_BITS and group in AFFINE_GROUPS
-    if bits_left or group_left or not known:
-        raise ModelError(
-            f"{folder}: {path}.weight {weight.shape} with scales {scales.shape}; "
-            f"no {declared.mode} packing of {columns} columns has these widths. Convert it again."
-        )
-    return Format(declared.mode, bits, group)
+    return measured(f"{folder}: {path}.weight", weight.shape, scales.shape, columns, declared)
 
 
 def _replace(model: Model, path: str, module: nn.Module, packing: Format) -> None:

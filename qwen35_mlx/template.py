@@ -37,7 +37,7 @@ class Template:
             raise ModelError(
                 f"{where}: {len(source):,} characters; at most {TEMPLATE_BYTES:,} are read."
             )
-        self.where = where
+        self.where, self.source = where, source
         self._special = dict(special or {})
         try:
             self._template = Sandbox().from_string(source)

@@ -17,8 +17,10 @@ PACKAGE = ROOT / "qwen35_mlx"
 ALLOWED: dict[str, str] = {
     "errors": "",
     "files": "errors",
-    "config": "errors files",
-    "checkpoint": "errors files",
+    "packing": "errors files",
+    "config": "errors files packing",
+    "shards": "errors files",
+    "checkpoint": "errors shards",
     # What goes in and what comes out: nothing of these knows the model.
     "web": "errors",
     "source": "errors web",
@@ -38,18 +40,19 @@ ALLOWED: dict[str, str] = {
     "family": "errors sampling",
     # The computation, which knows token ids and arrays only.
     "cache": "config",
-    "kernels": "config",
-    "layers": "config cache kernels",
+    "kernels": "packing",
+    "layers": "config cache kernels packing",
     "model": "config cache layers",
     "memory": "errors config cache kernels layers",
-    "loader": "errors config checkpoint family memory layers model",
+    "loader": "errors packing config shards checkpoint family memory layers model",
     "engine": "errors prompt sampling cache model",
     # The program.
-    "hub": "errors config checkpoint template family",
+    "hub": "errors config shards template family",
     "api": "errors files config image video tokenizer template prompt parse sampling family cache "
     "model memory loader engine hub",
-    "convert": "",
     "__init__": "errors prompt parse sampling api",
+    "convert": "errors files packing config shards checkpoint template memory layers model "
+    "__init__",
     "terminal": "errors parse",
     "generate": "__init__ errors family memory loader hub sampling api terminal",
     "__main__": "__init__",

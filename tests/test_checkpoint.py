@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import pytest
 
 import qwen35_mlx
 import tiny
-from qwen35_mlx import checkpoint, config, loader, memory
+from qwen35_mlx import checkpoint, config, loader, memory, shards
 from qwen35_mlx.errors import ModelError, OutOfMemory
 
 TOKENS = np.arange(3, 40) % 330
@@ -58,7 +59,7 @@ def test_bf16_norms_keep_their_exact_sum(tmp_path: Path) -> None:
     """1 + w of a bf16 w is no bf16 number: kept in f32 it must equal the sum exactly."""
     tensors = tiny.draw(tiny.CONFIGS["dense"])
     tiny.write(tmp_path, tiny.CONFIGS["dense"], tensors, dtype="bfloat16")
-    arrays = checkpoint.read(tmp_path, checkpoint.entries(tmp_path), mx.bfloat16)
+    arrays = checkpoint.read(tmp_path, shards.entries(tmp_path), mx.bfloat16)
     name = "model.language_model.layers.1.input_layernorm.weight"
     assert arrays[name].dtype == mx.float32
     assert np.array_equal(np.array(arrays[name]), 1 + tiny.rounded(tensors)[name])
@@ -82,7 +83,7 @@ def test_packed_folders_equal_their_unpacked_values(mode: str, which: str, tmp_p
     }
     conf, tensors = tiny.CONFIGS[which], tiny.draw(tiny.CONFIGS[which])
     packed = tiny.write(tmp_path / "packed", conf, tensors, layout="mlx", quantize=block)
-    stored = checkpoint.entries(packed)
+    stored = shards.entries(packed)
     assert "language_model.model.layers.3.self_attn.k_proj.scales" not in stored
     plain = _unpacked(packed, block)
     assert distance(logits(packed), logits(plain)) < 1e-5
@@ -152,12 +153,12 @@ def _overlap(header: dict) -> None:
 
 
 def _large_index(folder: Path) -> None:
-    with (folder / checkpoint.INDEX).open("r+b") as file:
+    with (folder / shards.INDEX).open("r+b") as file:
         file.truncate(65 << 20)
 
 
 def _edit_index(folder: Path, change: Callable[[dict], object]) -> None:
-    path = folder / checkpoint.INDEX
+    path = folder / shards.INDEX
     values = json.loads(path.read_text())
     change(values["weight_map"])
     path.write_text(json.dumps(values))
@@ -184,8 +185,8 @@ HEAD = "lm_head.weight"
         (lambda f: _cut(f, 5000), "00002.*damaged"),
         (lambda f: _cut(f, 0), "0 bytes"),
         (lambda f: _cut(f, -1), "its header describes"),
-        (lambda f: (f / checkpoint.INDEX).write_text("{}"), "weight_map: found a NoneType"),
-        (lambda f: (f / checkpoint.INDEX).write_text("nonsense"), "expected JSON"),
+        (lambda f: (f / shards.INDEX).write_text("{}"), "weight_map: found a NoneType"),
+        (lambda f: (f / shards.INDEX).write_text("nonsense"), "expected JSON"),
         (
             lambda f: _edit_index(f, lambda m: m.update({NORM: "../x.safetensors"})),
             "of this folder",
@@ -220,7 +221,7 @@ HEAD = "lm_head.weight"
             lambda f: _edit_index(f, lambda m: m.update({NORM: "x" * 300 + ".safetensors"})),
             "xxx.safetensors is missing",
         ),
-        (lambda f: _pipe(f / checkpoint.INDEX), "no model.safetensors and no"),
+        (lambda f: _pipe(f / shards.INDEX), "no model.safetensors and no"),
         (lambda f: _pipe(f / "model-00002-of-00002.safetensors"), "00002.* is missing"),
     ],
     ids=[
@@ -309,7 +310,7 @@ def _reshaped(folder: Path, name: str, shape: tuple[int, ...]) -> None:
     arrays[name] = mx.zeros(shape)
     mx.eval(arrays)
     mx.save_safetensors(str(path), arrays)
-    (folder / checkpoint.INDEX).unlink(missing_ok=True)
+    (folder / shards.INDEX).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,7 @@ def test_an_mlx_folder_under_hugging_face_names_is_refused_by_its_convolution(
     }
     mx.eval(kept)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), kept)
-    (tmp_path / checkpoint.INDEX).unlink()
+    (tmp_path / shards.INDEX).unlink()
     with pytest.raises(ModelError, match=r"layers.0.*\[\d+, 4, 1\]; .*axes are MLX's") as caught:
         qwen35_mlx.load(tmp_path)
     assert "\n" not in str(caught.value)
@@ -385,8 +386,8 @@ def test_float8_weights_are_refused_by_their_dtype(tmp_path: Path) -> None:
     tensors = tiny.draw(tiny.CONFIGS["dense"])
     folder = tiny.write(tmp_path, tiny.CONFIGS["dense"], tensors)
     stored = {
-        name: checkpoint.Entry(e.file, "F8_E4M3", e.shape, e.nbytes) if name == NORM else e
-        for name, e in checkpoint.entries(folder).items()
+        name: replace(e, dtype="F8_E4M3") if name == NORM else e
+        for name, e in shards.entries(folder).items()
     }
     with pytest.raises(ModelError, match="F8_E4M3.*Convert"):
         checkpoint.read(folder, stored, mx.bfloat16)
@@ -404,9 +405,9 @@ def test_a_model_too_large_is_refused_before_reading(
 def test_weights_that_are_a_pipe_are_refused_unopened(tmp_path: Path) -> None:
     _pipe(tmp_path / "model.safetensors")  # opening it would wait for ever
     with pytest.raises(ModelError, match=r"no model\.safetensors and no"):
-        checkpoint.entries(tmp_path)
+        shards.entries(tmp_path)
     with pytest.raises(ModelError, match="no such plain file; expected safetensors"):
-        checkpoint.header(tmp_path / "model.safetensors")
+        shards.header(tmp_path / "model.safetensors")
 
 
 def test_what_mlx_cannot_read_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from family_configs import config_values
 from qwen35_mlx import config, family
-from qwen35_mlx.config import Format
 from qwen35_mlx.errors import ModelError
+from qwen35_mlx.packing import Format
 from tiny import CONFIGS
 from tiny_shapes import ROPE, YARN
 

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx.config import Format
 from qwen35_mlx.kernels.moe import SORT_FROM, by_expert, route
 from qwen35_mlx.layers.moe import GroupedLinear
+from qwen35_mlx.packing import Format
 
 E, K, DIMS_IN, DIMS_OUT = 7, 3, 128, 40
 # Relative L2. f32: sums of 128 terms; half types: one rounding of input and output.

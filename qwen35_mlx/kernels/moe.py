@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ..config import Format
+from ..packing import Format
 
 # From this many (token, expert) pairs on, rows sorted by expert read each matrix once.
 SORT_FROM = 64

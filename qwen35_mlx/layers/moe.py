@@ -3,9 +3,10 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import Format, TextConfig
+from ..config import TextConfig
 from ..kernels.fused import swiglu
 from ..kernels.moe import SORT_FROM, by_expert, grouped_matmul, route
+from ..packing import Format
 from .mlp import MLP
 
 

@@ -1,0 +1,283 @@
+"""The life of an output folder: `OUT.partial` while work goes on, then renamed to `OUT`."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen35_mlx import __version__
+from qwen35_mlx.errors import ConversionError, ModelError, shown
+from qwen35_mlx.files import read_json
+from qwen35_mlx.packing import Format
+from qwen35_mlx.shards import DECLARATION, FORMAT, INDEX, declared_sidecars
+from qwen35_mlx.template import Template
+
+from .options import Options
+from .plan import Plan
+from .source import Source
+from .writer import RECORD, flush_folder, write_whole
+
+PARTIAL, STATE, LOCK, MANIFEST = ".partial", "conversion.json", ".lock", "manifest.json"
+NEEDED = ("tokenizer.json", "tokenizer_config.json")
+COPIED = (
+    *NEEDED,
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "LICENSE",
+)
+TEMPLATE = "chat_template.jinja"
+
+
+def partial_of(out: Path) -> Path:
+    """Where the unfinished folder lies: beside `out`, on the same disk."""
+    return out.with_name(out.name + PARTIAL)
+
+
+def state_of(source: Source, name: str, revision: str | None, options: Options) -> dict[str, Any]:
+    """What a run must share with the one it goes on from."""
+    digest = hashlib.sha256(json.dumps(source.values, sort_keys=True).encode())
+    for tensor, entry in sorted(source.entries.items()):
+        digest.update(f"{tensor} {entry.file.name} {entry.dtype} {entry.shape} ".encode())
+        digest.update(f"{entry.offset};".encode())
+    if revision is None:
+        # The same shapes trained further are other weights.
+        digest.update(str([file.stat().st_mtime_ns for file in source.files]).encode())
+    return {
+        "format": FORMAT,
+        "options": options.as_json(),
+        "source": {"name": name, "revision": revision, "digest": digest.hexdigest()},
+    }
+
+
+def is_made(out: Path, name: str, options: Options) -> bool:
+    """Whether `out` is the complete result of this very conversion.
+
+    Raises: ConversionError when it is anything else but an empty folder or nothing.
+    """
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        ours = declared_sidecars(out) is not None
+    except ModelError:
+        ours = False
+    if not ours or not (out / MANIFEST).is_file():
+        raise ConversionError(
+            f"{shown(out)}: exists and was not made by this program; expected a new folder. "
+            "Choose another --out."
+        )
+    made = read_json(out / "config.json")[DECLARATION]
+    same = made.get("options") == options.as_json() and made.get("source", {}).get("name") == name
+    if not same:
+        raise ConversionError(
+            f"{shown(out)}: was made {_described(made)}; expected a new folder or the same "
+            "options. Choose another --out."
+        )
+    return True
+
+
+def require_apart(source: Path, out: Path) -> None:
+    """Raises: ConversionError when writing `out` could touch the source."""
+    theirs, ours = source.resolve(), out.resolve()
+    for folder in (ours, partial_of(ours)):
+        if folder == theirs or theirs in folder.parents or folder in theirs.parents:
+            raise ConversionError(
+                f"{shown(out)}: is the source, or lies inside it, or holds it; expected a folder "
+                "apart. Choose another --out."
+            )
+
+
+def require_small_files(folder: Path) -> None:
+    """Raises: ModelError when a chat would lack its tokenizer or template."""
+    for name in NEEDED:
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{shown(folder)}: no {name}; a converted folder without it would not run. "
+                "Copy it from the model's repository."
+            )
+    Template.read(folder)
+
+
+@contextmanager
+def begun(out: Path, state: dict[str, Any]) -> Iterator[Path]:
+    """The unfinished folder of `out`, new or as an earlier run left it; ours alone meanwhile.
+
+    Raises: ConversionError when it was begun otherwise, or another program is at it.
+    """
+    partial = partial_of(out)
+    if partial.exists() and not _is_begun(partial):
+        raise ConversionError(
+            f"{shown(partial)}: exists and was not begun by this program; expected a new "
+            "folder. Move it away."
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConversionError(
+                f"{shown(partial)}: another conversion writes there; expected to be alone. "
+                "Wait for it, or stop it."
+            ) from None
+        if not (partial / STATE).is_file():
+            write_whole(partial / STATE, json.dumps(state, indent=1))
+        _require_same(partial, read_json(partial / STATE), state)
+        yield partial
+
+
+def _is_begun(partial: Path) -> bool:
+    """Whether a run of ours made the folder, be it that it ended before it wrote anything."""
+    if not partial.is_dir():
+        return False
+    return (partial / STATE).is_file() or all(
+        path.name.startswith((LOCK, STATE)) for path in partial.iterdir()
+    )
+
+
+def _require_same(partial: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before == now:
+        return
+    if before.get("options") == now["options"]:
+        raise ConversionError(
+            f"{shown(partial)}: was begun from {_source(before)}; the source is now "
+            f"{_source(now)}, and not the same. Remove the folder to begin anew."
+        )
+    raise ConversionError(
+        f"{shown(partial)}: was begun {_described(before)}; expected the same options. "
+        "Give those, remove the folder, or choose another --out."
+    )
+
+
+def _source(state: dict[str, Any]) -> str:
+    source = state.get("source", {})
+    revision = source.get("revision")
+    return f"{source.get('name')}" + (f" at {revision[:12]}" if revision else "")
+
+
+def _described(state: dict[str, Any]) -> str:
+    given = state.get("options") or {}
+    said = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value)
+    return f"from {_source(state)} with {said}"
+
+
+def copy_small_files(source: Path, partial: Path) -> None:
+    """Tokenizer, processors and the chat template, which always gets a file of its own."""
+    for name in COPIED:
+        if (source / name).is_file():
+            temporary = partial / f"{name}.tmp"
+            shutil.copyfile(source / name, temporary)
+            temporary.rename(partial / name)
+    write_whole(partial / TEMPLATE, Template.read(source).source)
+
+
+def finish(partial: Path, out: Path, plan: Plan, source: Source, state: dict[str, Any]) -> None:
+    """Write what makes the folder a model, then give it its name."""
+    write_whole(partial / INDEX, json.dumps(_index(plan), indent=1))
+    about = {**state["source"]}
+    about.pop("digest")
+    declaration = {
+        "format": FORMAT,
+        "version": __version__,
+        "source": about,
+        "options": state["options"],
+        "sidecars": [f.name for f in plan.files if f not in plan.main_files],
+        "manifest": MANIFEST,
+    }
+    write_whole(partial / "config.json", json.dumps(_config(plan, source, declaration), indent=1))
+    write_whole(partial / MANIFEST, json.dumps(_manifest(partial, plan), indent=1))
+    flush_folder(partial)
+    partial.rename(out)
+    flush_folder(out.parent)
+    tidy(out)
+
+
+def tidy(out: Path) -> None:
+    """Take away what served the way to the finished folder; a run may have ended just before."""
+    for path in [out / STATE, out / LOCK, *out.glob(f"*{RECORD}")]:
+        path.unlink(missing_ok=True)
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    weight_map = {part.name: file.name for file in plan.main_files for part in file.parts}
+    return {
+        "metadata": {"total_size": plan.main_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _config(plan: Plan, source: Source, declaration: dict[str, Any]) -> dict[str, Any]:
+    """The source's config.json, in BF16, with both quantization blocks and our declaration."""
+    values = json.loads(json.dumps(source.values))
+    text = values.get("text_config", values)
+    for section in (values, text):
+        for key in ("quantization", "quantization_config"):
+            section.pop(key, None)
+        for key in ("dtype", "torch_dtype"):
+            if key in section:
+                section[key] = "bfloat16"
+    text.setdefault("dtype", "bfloat16")
+    if isinstance(values.get("vision_config"), dict):
+        # LM Studio refuses the names that transformers 5 gives the tower.
+        values["vision_config"]["model_type"] = values["model_type"]
+    block = quantization_block(plan)
+    if block is not None:
+        values["quantization"] = values["quantization_config"] = block
+    values[DECLARATION] = declaration
+    return values
+
+
+def quantization_block(plan: Plan) -> dict[str, Any] | None:
+    """MLX's description of what is packed how: a default, and every module that differs."""
+    packed = [target for target in plan.targets if target.packing]
+    if not packed:
+        return None
+    default = plan.options.base or packed[0].packing
+    assert default is not None
+    block: dict[str, Any] = _settings(default)
+    for target in plan.targets:
+        is_matrix = target.name.endswith(".weight") and len(target.shape) in (2, 3)
+        if target.packing != default and is_matrix and "conv1d" not in target.name:
+            module = target.name.removesuffix(".weight")
+            block[module] = _settings(target.packing) if target.packing else False
+    return block
+
+
+def _settings(packing: Format) -> dict[str, Any]:
+    return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
+
+
+def _manifest(partial: Path, plan: Plan) -> dict[str, Any]:
+    """Every tensor of every file with its digest, and the digests of the small files."""
+    tensors = {}
+    for file in plan.files:
+        digests = read_json(partial / (file.name + RECORD))
+        tensors[file.name] = {
+            part.name: {
+                "dtype": part.dtype,
+                "shape": part.shape,
+                **(_settings(part.packing) if part.packing else {}),
+                "sha256": digests[part.name],
+            }
+            for part in file.parts
+        }
+    small = {
+        name: hashlib.sha256((partial / name).read_bytes()).hexdigest()
+        for name in sorted((*COPIED, TEMPLATE, INDEX, "config.json"))
+        if (partial / name).is_file()
+    }
+    return {
+        "format": FORMAT,
+        "tensors": tensors,
+        "files": small,
+        "left_out": dict(sorted(plan.left_out.items())),
+    }

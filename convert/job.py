@@ -1,0 +1,217 @@
+"""One conversion from beginning to end: plan, make room, read rows, write rows, give the name."""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from qwen35_mlx import memory
+from qwen35_mlx.errors import ConversionError, shown
+
+from . import folder
+from .layout import Piece, Target
+from .options import Options
+from .plan import SLICE_BYTES, Plan, plan
+from .source import Source
+from .writer import Writer
+
+Steps = list[tuple[Target, Piece]]
+CACHE_BYTES = 256 << 20  # of freed arrays that MLX keeps
+SPARE = 256_000_000  # of the disk: small files, and whatever else writes to it
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is. done_bytes, total_bytes: of the source's tensors."""
+
+    tensors: int
+    total_tensors: int
+    done_bytes: int
+    total_bytes: int
+
+
+class Supply(Protocol):
+    """Where the source's files come from, one after the other."""
+
+    def ready(self, file: Path) -> None:
+        """`file` will be read now, and stays until it is dropped."""
+
+    def drop(self, file: Path) -> None:
+        """`file` is not needed any more."""
+
+
+class Local:
+    """A folder that is there already."""
+
+    def ready(self, file: Path) -> None: ...
+
+    def drop(self, file: Path) -> None: ...
+
+
+def convert(
+    source: Source,
+    out: Path,
+    options: Options,
+    *,
+    name: str,
+    revision: str | None = None,
+    supply: Supply | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Make `out` from `source`, or go on where an earlier run of the same conversion ended.
+
+    name, revision: of the source, as the folder will declare them. supply: brings the source's
+    files where they are not all there.
+    Returns: `out`, complete. Raises: ConversionError, ModelError, OutOfMemory.
+    """
+    folder.require_apart(source.folder, out)
+    if folder.is_made(out, name, options):
+        folder.tidy(out)
+        return out
+    planned = plan(source, options)
+    folder.require_small_files(source.folder)
+    memory.require(planned.peak_memory, f"converting {shown(name)}", "Close other programs.")
+    state = folder.state_of(source, name, revision, options)
+    with folder.begun(out, state) as partial, closing(source), _explained(partial):
+        folder.copy_small_files(source.folder, partial)
+        _fill(source, planned, partial, supply or Local(), progress)
+        folder.finish(partial, out, planned, source, state)
+    return out
+
+
+def _fill(
+    source: Source,
+    planned: Plan,
+    partial: Path,
+    supply: Supply,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Write every file of the plan that is not finished."""
+    with closing(Writer(partial, planned)) as writer, _small_cache():
+        _require_disk(partial, writer.missing_bytes)
+        todo = {
+            file: [step for step in steps if not writer.is_done(step[0])]
+            for file, steps in planned.steps.items()
+        }
+        writer.expect(step for steps in todo.values() for step in steps)
+        meter = _Meter(planned, todo, progress)
+        last_use = {path: place for place, path in _uses(todo)}
+        held: list[Path] = []
+        for place, steps in enumerate(todo.values()):
+            for path in [p for p in needed_files(steps) if p not in held]:
+                supply.ready(path)
+                held.append(path)
+            for target, piece in steps:
+                for first, count in _slices(piece):
+                    _convert_rows(source, writer, target, piece, first, count)
+                    meter.moved(target, count)
+                writer.piece_done(target)
+                meter.piece_done(target)
+            for path in [path for path in held if last_use[path] == place]:
+                source.close(path)
+                supply.drop(path)
+                held.remove(path)
+
+
+def _uses(todo: Mapping[Path, Steps]) -> Iterator[tuple[int, Path]]:
+    """(place in the order of work, file that is read there), in that order."""
+    for place, steps in enumerate(todo.values()):
+        for path in needed_files(steps):
+            yield place, path
+
+
+def needed_files(steps: Steps) -> list[Path]:
+    """The source files that these steps read, each once."""
+    return sorted({e.file for _, piece in steps for e in piece.view.entries})
+
+
+def _slices(piece: Piece) -> Iterator[tuple[int, int]]:
+    """(first row within the piece, rows) of parts that are small in memory."""
+    most = max(1, SLICE_BYTES // (2 * piece.view.columns))
+    for first in range(0, piece.count, most):
+        yield first, min(most, piece.count - first)
+
+
+def _convert_rows(
+    source: Source, writer: Writer, target: Target, piece: Piece, first: int, count: int
+) -> None:
+    arrays = target.convert(source.rows(piece.view, piece.first + first, count))
+    mx.eval(arrays)
+    writer.put(target, piece.at + first, arrays)
+
+
+class _Meter:
+    """Counts what was written and reports it; what an earlier run finished counts as done."""
+
+    def __init__(
+        self,
+        planned: Plan,
+        todo: Mapping[Path, Steps],
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.progress = progress
+        self.left: dict[str, int] = {}
+        for steps in todo.values():
+            for target, _ in steps:
+                self.left[target.name] = self.left.get(target.name, 0) + 1
+        self.total_tensors = len(planned.targets)
+        self.total = 2 * planned.nparameters
+        self.done = 2 * sum(t.nparameters for t in planned.targets if t.name not in self.left)
+        self._report()
+
+    def moved(self, target: Target, rows: int) -> None:
+        self.done += 2 * rows * target.columns
+        self._report()
+
+    def piece_done(self, target: Target) -> None:
+        self.left[target.name] -= 1
+        if not self.left[target.name]:
+            del self.left[target.name]
+            self._report()
+
+    def _report(self) -> None:
+        if self.progress:
+            tensors = self.total_tensors - len(self.left)
+            self.progress(Progress(tensors, self.total_tensors, self.done, self.total))
+
+
+@contextmanager
+def _small_cache() -> Iterator[None]:
+    """MLX keeps freed arrays for reuse; here they would only add to the peak."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
+
+
+def _require_disk(partial: Path, missing: int) -> None:
+    free = shutil.disk_usage(partial).free
+    if missing + SPARE > free:
+        raise ConversionError(
+            f"{shown(partial)}: {missing:,} bytes are still to be written, and {SPARE:,} to "
+            f"spare; {free:,} are free. Free some, or choose another --out."
+        )
+
+
+@contextmanager
+def _explained(partial: Path) -> Iterator[None]:
+    """What the disk refuses, as one line; finished files stay."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ConversionError(
+                f"{shown(partial)}: the disk is full; finished files stay. Free some space and "
+                "run the same command: it goes on from there."
+            ) from None
+        raise ConversionError(
+            f"{shown(partial)}: {error.strerror or error}; expected to write there. Mend that and "
+            "run the same command: it goes on from the finished files."
+        ) from None
