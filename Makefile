@@ -4,6 +4,7 @@
 # make goldens   rebuild the reference numbers with torch and transformers, and compare
 # make bench-peers  speed and memory beside mlx-lm and mlx-vlm, on random weights
 # make bench-cold   from the start of the process to the first token, beside mlx-lm
+# make bench-convert  conversions: time and memory beside the peers, 397B's widths, same logits, demo
 # make bench-demo   how often the demonstration model is right
 # Everything is installed into .venv (goldens, bench: .venv-goldens, .venv-bench), once, and again
 # when pyproject.toml changes. Another Python: make PYTHON=/path/to/python3.12 demo
@@ -22,11 +23,11 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: help demo test test-all lint goldens bench-peers bench-cold bench-demo clean
+.PHONY: help demo test test-all lint goldens bench-peers bench-cold bench-demo bench-convert clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -9
+	@sed -n 's/^# //p' Makefile | head -10
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m qwen35_mlx.generate --model examples/demo-model \
@@ -55,6 +56,12 @@ bench-peers: $(BENCH)/.installed
 
 bench-cold: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/cold_start.py $(ARGS)
+
+bench-convert: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/conversion.py $(ARGS)
+	$(BENCH)/bin/python benchmarks/conversion_memory.py
+	$(BENCH)/bin/python benchmarks/same_logits.py
+	$(BENCH)/bin/python benchmarks/converted_accuracy.py
 
 bench-demo: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/demo_accuracy.py $(ARGS)

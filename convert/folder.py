@@ -40,8 +40,9 @@ TEMPLATE = "chat_template.jinja"
 
 
 def partial_of(out: Path) -> Path:
-    """Where the unfinished folder lies: beside `out`, on the same disk."""
-    return out.with_name(out.name + PARTIAL)
+    """Where the unfinished folder lies: beside `out`, on the same disk also if `out` is a link."""
+    real = out.resolve()
+    return real.parent / (real.name + PARTIAL)
 
 
 def state_of(source: Source, name: str, revision: str | None, options: Options) -> dict[str, Any]:
@@ -148,9 +149,11 @@ def _require_same(partial: Path, before: dict[str, Any], now: dict[str, Any]) ->
     if before == now:
         return
     if before.get("options") == now["options"]:
+        revision = (before.get("source") or {}).get("revision")
+        instead = f", or give --revision {revision} to go on" if revision else ""
         raise ConversionError(
             f"{shown(partial)}: was begun from {_source(before)}; the source is now "
-            f"{_source(now)}, and not the same. Remove the folder to begin anew."
+            f"{_source(now)}, and not the same. Remove the folder to begin anew{instead}."
         )
     raise ConversionError(
         f"{shown(partial)}: was begun {_described(before)}; expected the same options. "
@@ -161,7 +164,7 @@ def _require_same(partial: Path, before: dict[str, Any], now: dict[str, Any]) ->
 def _source(state: dict[str, Any]) -> str:
     source = state.get("source", {})
     revision = source.get("revision")
-    return f"{source.get('name')}" + (f" at {revision[:12]}" if revision else "")
+    return f"{source.get('name')}" + (f" at {revision}" if revision else "")
 
 
 def _described(state: dict[str, Any]) -> str:
@@ -196,8 +199,8 @@ def finish(partial: Path, out: Path, plan: Plan, source: Source, state: dict[str
     write_whole(partial / "config.json", json.dumps(_config(plan, source, declaration), indent=1))
     write_whole(partial / MANIFEST, json.dumps(_manifest(partial, plan), indent=1))
     flush_folder(partial)
-    partial.rename(out)
-    flush_folder(out.parent)
+    partial.rename(out.resolve())
+    flush_folder(partial.parent)
     tidy(out)
 
 

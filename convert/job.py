@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +38,35 @@ class Progress:
 class Supply(Protocol):
     """Where the source's files come from, one after the other."""
 
+    @property
+    def spare_bytes(self) -> int:
+        """Of the disk, that it may take on the way beside what is written."""
+
+    def expect(self, files: Sequence[Path]) -> None:
+        """These will be read, each once and in this order; no others. Called first."""
+
     def ready(self, file: Path) -> None:
         """`file` will be read now, and stays until it is dropped."""
 
     def drop(self, file: Path) -> None:
         """`file` is not needed any more."""
 
+    def close(self) -> None:
+        """All is done, or failed: stop what is under way."""
+
 
 class Local:
     """A folder that is there already."""
 
+    spare_bytes = 0
+
+    def expect(self, files: Sequence[Path]) -> None: ...
+
     def ready(self, file: Path) -> None: ...
 
     def drop(self, file: Path) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def convert(
@@ -77,9 +93,11 @@ def convert(
     folder.require_small_files(source.folder)
     memory.require(planned.peak_memory, f"converting {shown(name)}", "Close other programs.")
     state = folder.state_of(source, name, revision, options)
-    with folder.begun(out, state) as partial, closing(source), _explained(partial):
+    explained = _explained(folder.partial_of(out))
+    with explained, folder.begun(out, state) as partial, closing(source):
         folder.copy_small_files(source.folder, partial)
-        _fill(source, planned, partial, supply or Local(), progress)
+        with closing(supply or Local()) as bringing:
+            _fill(source, planned, partial, bringing, progress)
         folder.finish(partial, out, planned, source, state)
     return out
 
@@ -93,14 +111,15 @@ def _fill(
 ) -> None:
     """Write every file of the plan that is not finished."""
     with closing(Writer(partial, planned)) as writer, _small_cache():
-        _require_disk(partial, writer.missing_bytes)
         todo = {
             file: [step for step in steps if not writer.is_done(step[0])]
             for file, steps in planned.steps.items()
         }
+        last_use = {path: place for place, path in _uses(todo)}
+        supply.expect(list(last_use))  # by first use: a key keeps its place
+        _require_disk(partial, writer.missing_bytes + supply.spare_bytes)
         writer.expect(step for steps in todo.values() for step in steps)
         meter = _Meter(planned, todo, progress)
-        last_use = {path: place for place, path in _uses(todo)}
         held: list[Path] = []
         for place, steps in enumerate(todo.values()):
             for path in [p for p in needed_files(steps) if p not in held]:

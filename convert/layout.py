@@ -19,6 +19,7 @@ from .source import Source, View
 
 EXPERTS = ".experts."
 F32 = (".A_log",)
+SMALLEST = 2.0**-100  # what is smaller counts as 0 in the modes whose scales are powers of two
 MAIN, MTP, NORMS = "model", "mtp", "norms"  # the files a target's parts go into
 
 
@@ -83,7 +84,11 @@ class Target:
             rows = rows.astype(mx.float32) + 1
         if self.packing is not None:
             f = self.packing
-            parts = mx.quantize(rows.astype(mx.bfloat16), f.group_size, f.bits, f.mode)
+            rows = rows.astype(mx.bfloat16)
+            if f.mode.startswith("mx"):
+                # The exponent of a group of nothing but such weights wraps around in mx.quantize.
+                rows = mx.where(mx.abs(rows) < SMALLEST, mx.zeros_like(rows), rows)
+            parts = mx.quantize(rows, f.group_size, f.bits, f.mode)
             return dict(zip(self.parts, parts, strict=True))
         stored = {"": rows.astype(mx.float32 if self.is_f32 else mx.bfloat16)}
         return stored | ({NORMS: rows.astype(mx.float32)} if self.exact else {})

@@ -138,17 +138,21 @@ class Source:
                 f"{entry.file}: {name} is {entry.dtype}, and config.json declares no MLX "
                 "quantization of it; expected floats. Take the model's BF16 folder."
             )
-        scales = self._claim(f"{stem}.scales")
         declared = quantization.of(stem) or quantization.default
-        where = f"{entry.file}: {name}"
-        packing = measured(where, entry.shape, scales.shape, shape[-1], declared)
-        biases = self._claim(f"{stem}.biases") if packing.mode == "affine" else None
-        for part in (entry, scales, *([biases] if biases else [])):
-            if part.shape[:-1] != shape[:-1]:
+        is_affine = declared.mode == "affine"
+        scales = self._claim(f"{stem}.scales")
+        biases = self._claim(f"{stem}.biases") if is_affine else None
+        where, kinds = f"{entry.file}: {name}", tuple(PLAIN) if is_affine else ("U8",)
+        for part in (entry, scales, biases or scales):
+            fits = len(part.shape) == len(shape) and part.shape[:-1] == shape[:-1]
+            alike = part is entry or (part.dtype in kinds and part.shape == scales.shape)
+            if not fits or not alike:
                 raise ModelError(
-                    f"{where} {list(entry.shape)} with scales {list(scales.shape)}; expected "
-                    f"{list(shape)} packed. Check that config.json is of the same model."
+                    f"{where} {list(entry.shape)} has a part {part.dtype} {list(part.shape)}; "
+                    f"expected {list(shape)} in an {declared.mode} packing. Check that "
+                    "config.json is of the same model."
                 )
+        packing = measured(where, entry.shape, scales.shape, shape[-1], declared)
         return View(entry, rows, shape[-1], packing, scales, biases)
 
     def _fp8_scales(self, name: str, shape: tuple[int, ...]) -> Entry:
@@ -211,7 +215,10 @@ class Source:
     def _read(self, entry: Entry, rows: int, first: int, count: int) -> mx.array:
         width = entry.nbytes // rows
         wanted = count * width
-        data = os.pread(self._descriptor(entry.file), wanted, entry.offset + first * width)
+        try:
+            data = os.pread(self._descriptor(entry.file), wanted, entry.offset + first * width)
+        except OSError as error:
+            raise ModelError(f"{entry.file}: {error.strerror}; expected to read on.") from None
         if len(data) != wanted:
             raise ModelError(
                 f"{entry.file}: ends {wanted - len(data):,} bytes early; expected it to stay as "

@@ -34,6 +34,10 @@ class Writer:
         self.finished = {name for name in self.files if self._is_finished(name)}
         self._norms = f"{NORMS}.safetensors"
         self._norms_kept = self._is_begun(self._norms)
+        for name in self.files.keys() - self.finished:
+            if name != self._norms or not self._norms_kept:
+                # Of a run that was killed: the disk may not have room for this and its successor.
+                (folder / (name + TEMPORARY)).unlink(missing_ok=True)
         self._descriptors: dict[str, int] = {}
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: list[Future[None]] = []
@@ -165,10 +169,14 @@ def digest(descriptor: int, offset: int, nbytes: int) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is either absent or whole, also after a power cut."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        flush(file.fileno())
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            flush(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.rename(path)
 
 

@@ -9,6 +9,7 @@ from . import __version__
 
 COMMANDS = {
     "generate": ("qwen35_mlx.generate", "Ask one question, with pictures and videos."),
+    "convert": ("qwen35_mlx.convert.command", "Make a 3- to 16-bit folder for MLX of a model."),
 }
 
 

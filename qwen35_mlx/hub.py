@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config, family, shards
-from .errors import ModelError, one_line
+from .errors import ModelError, Qwen35Error, one_line
 from .template import Template
 
 # What a model folder holds; never code, pickles or GGUF. Sub-folders hold other formats.
@@ -40,6 +40,15 @@ class Choice:
     bytes: int = 0  # of them, still to be fetched
     free: int = 0  # on the disk of `cache`
     cache: Path | None = None  # folder that receives the download
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a model on the Hub that we would fetch, at one commit."""
+
+    revision: str  # of the commit
+    sizes: dict[str, int]  # bytes by name
+    digests: dict[str, str]  # sha256 by name, of the large ones
 
 
 def resolve(name: str) -> Choice:
@@ -116,6 +125,44 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def listing(
+    repo: str, revision: str | None = None, instead: str = "Check the spelling."
+) -> Listing:
+    """What the Hub says `repo` holds at `revision`, a branch, tag or commit; None: its main branch.
+
+    instead: advice for a repository that is not there.
+    Raises: ModelError when the Hub does not say, or it is no model folder.
+    """
+    from huggingface_hub import HfApi
+
+    with explained(repo, instead):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    files = {
+        entry.rfilename: entry
+        for entry in info.siblings or []
+        if any(fnmatch(entry.rfilename, pattern) for pattern in ALLOW)
+        and not any(fnmatch(entry.rfilename, pattern) for pattern in IGNORE)
+    }
+    if "config.json" not in files or not any(f.endswith(".safetensors") for f in files):
+        raise ModelError(
+            f"{repo}: holds no config.json with safetensors beside it; expected a Qwen3.5 model "
+            "folder. GGUF and other formats are not read: give another repository."
+        )
+    sizes = {name: entry.size or 0 for name, entry in files.items()}
+    digests = {name: entry.lfs.sha256 for name, entry in files.items() if entry.lfs}
+    return Listing(str(info.sha), sizes, digests)
+
+
+def small_files(repo: str, revision: str) -> Path:
+    """The snapshot folder of that commit in the cache, with every file but the weights in it.
+
+    Raises: ModelError when the Hub does not give them.
+    """
+    from huggingface_hub import constants
+
+    return _fetch(repo, Path(constants.HF_HUB_CACHE), (*SMALL, "LICENSE"), revision)
+
+
 def _conversions() -> list[Path]:
     """Complete folders under `models()`, newest first."""
     try:
@@ -147,8 +194,9 @@ def _hub(name: str, repo: str, why: str, instead: str = "Check the spelling.") -
         snapshot = store
     if is_complete(snapshot):
         return Choice(name, f"{why}, from the Hugging Face cache", folder=snapshot, repo=repo)
-    revision, files = _listing(repo, instead)
-    missing = sum(files.values()) - _present(store, revision, files)
+    listed = listing(repo, instead=instead)
+    files = listed.sizes
+    missing = sum(files.values()) - _present(store, listed.revision, files)
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return Choice(
         name,
@@ -161,39 +209,20 @@ def _hub(name: str, repo: str, why: str, instead: str = "Check the spelling.") -
     )
 
 
-def _fetch(repo: str, cache: Path, patterns: tuple[str, ...]) -> Path:
+def _fetch(repo: str, cache: Path, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     """The snapshot folder of `repo`, with every file that matches in it."""
     from huggingface_hub import snapshot_download
 
-    with _explained(repo):
+    with explained(repo):
         folder = snapshot_download(
             repo,
+            revision=revision,
             cache_dir=cache,
             allow_patterns=list(patterns),
             ignore_patterns=list(IGNORE),
             tqdm_class=_silent(),
         )
     return Path(folder)
-
-
-def _listing(repo: str, instead: str) -> tuple[str, dict[str, int]]:
-    """The commit at the head of `repo`, and the bytes of each of its files we would fetch."""
-    from huggingface_hub import HfApi
-
-    with _explained(repo, instead):
-        info = HfApi().model_info(repo, files_metadata=True)
-    files = {
-        entry.rfilename: entry.size or 0
-        for entry in info.siblings or []
-        if any(fnmatch(entry.rfilename, pattern) for pattern in ALLOW)
-        and not any(fnmatch(entry.rfilename, pattern) for pattern in IGNORE)
-    }
-    if "config.json" not in files or not any(f.endswith(".safetensors") for f in files):
-        raise ModelError(
-            f"{repo}: holds no config.json with safetensors beside it; expected a Qwen3.5 model "
-            "folder. GGUF and other formats are not read: give another repository."
-        )
-    return str(info.sha), files
 
 
 def _present(store: Path, revision: str, files: dict[str, int]) -> int:
@@ -242,12 +271,12 @@ def _silent() -> Any:
 
 
 @contextmanager
-def _explained(repo: str, instead: str = "Check the spelling.") -> Iterator[None]:
+def explained(repo: str, instead: str = "Check the spelling.") -> Iterator[None]:
     """Whatever the Hub's client raises, as one ModelError with advice."""
     try:
         yield
-    except (TypeError, AttributeError, NameError):
-        raise  # a broken call of ours is no fault of the network
+    except (Qwen35Error, TypeError, AttributeError, NameError):
+        raise  # ours: said already, or a broken call, which is no fault of the network
     except Exception as error:
         raise ModelError(_explanation(repo, error, instead)) from error
 
@@ -261,6 +290,11 @@ def _explanation(repo: str, error: Exception, instead: str) -> str:
         return (
             f"{repo}: is gated on {hub}; expected access. Accept its terms at {hub}/{repo}, "
             "then run `hf auth login` or set HF_TOKEN."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"{repo}: has no such revision on {hub}; expected a branch, a tag or all 40 characters "
+            "of a commit. Check --revision."
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return (

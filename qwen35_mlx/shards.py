@@ -5,7 +5,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,26 @@ def entries(folder: Path) -> dict[str, Entry]:
     for the rounded ones of the same name.
     Raises: ModelError for a missing shard, a broken index or header, a truncated file.
     """
-    found = _indexed(folder)
-    for name in declared_sidecars(folder) or ():
-        found |= header(folder / name)
+
+    def is_there(name: str) -> bool:
+        # os.path answers False where Path raises: names too long. Opening a pipe would wait.
+        return os.path.isfile(folder / name)
+
+    return described(folder, is_there, lambda names: (header(folder / name) for name in names))
+
+
+def described(
+    folder: Path,
+    is_there: Callable[[str], bool],
+    headers: Callable[[Sequence[str]], Iterable[dict[str, Entry]]],
+) -> dict[str, Entry]:
+    """The same of a folder whose weight files may lie elsewhere; `folder` holds the small ones.
+
+    is_there: whether there is a weight file of that name. headers: what `header` says of each.
+    """
+    found = _indexed(folder, is_there, headers)
+    for stored in headers(declared_sidecars(folder) or ()):
+        found |= stored
     return found
 
 
@@ -75,21 +92,23 @@ def declared_sidecars(folder: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _indexed(folder: Path) -> dict[str, Entry]:
-    index = folder / INDEX
-    # os.path answers False where Path raises: names too long. Opening a pipe would wait for ever.
+def _indexed(
+    folder: Path,
+    is_there: Callable[[str], bool],
+    headers: Callable[[Sequence[str]], Iterable[dict[str, Entry]]],
+) -> dict[str, Entry]:
+    index, single = folder / INDEX, "model.safetensors"
     if not os.path.isfile(index):
-        single = folder / "model.safetensors"
-        if not os.path.isfile(single):
+        if not is_there(single):
             raise ModelError(
-                f"{folder}: no model.safetensors and no {INDEX}; expected the weights of a model. "
+                f"{folder}: no {single} and no {INDEX}; expected the weights of a model. "
                 "Download the folder again."
             )
-        return header(single)
-    weight_map = _weight_map(index)
+        return dict(*headers([single]))
+    weight_map = _weight_map(index, is_there)
+    names = sorted(set(weight_map.values()))
     found: dict[str, Entry] = {}
-    for name in sorted(set(weight_map.values())):
-        stored = header(folder / name)
+    for name, stored in zip(names, headers(names), strict=True):
         wanted = {tensor for tensor, file in weight_map.items() if file == name}
         for tensor in sorted(wanted - stored.keys()):
             raise ModelError(
@@ -105,7 +124,7 @@ def _indexed(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: Path, is_there: Callable[[str], bool]) -> dict[str, str]:
     weight_map = Section(read_json(index), str(index)).section("weight_map").values
     for tensor, name in weight_map.items():
         # A plain name: an index must not lead out of the folder it lies in.
@@ -114,7 +133,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise ModelError(
                 f"{index}: {tensor} lies in {name!r}; expected a .safetensors file of this folder."
             )
-        if not os.path.isfile(index.parent / name):
+        if not is_there(name):
             raise ModelError(
                 f"{index.parent}: {name} is missing; {INDEX} names it. Download the folder again."
             )

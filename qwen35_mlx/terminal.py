@@ -35,6 +35,11 @@ TITLES = {
     "load": "loading the weights",
     "prompt": "reading the prompt",
     "answering": "answering",
+    "plan": "planning",
+    "convert": "converting",
+    "finish": "finishing",
+    "verify": "verifying",
+    "compare": "comparing with the source",
 }
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 SHOW_CURSOR = b"\x1b[?25h"
@@ -85,17 +90,23 @@ def _remark(text: str) -> None:
 
 
 class Bar:
-    """One line of progress on a terminal; comes only when there is something to wait for."""
+    """One line of progress on a terminal; comes only when there is something to wait for.
 
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
+    in_bytes: the units are bytes, so that their number and speed are worth saying.
+    """
+
+    def __init__(self, shown: bool, in_bytes: bool = False) -> None:
+        self.shown, self.in_bytes = shown, in_bytes
         self.title = ""
         self.begin = 0.0
         self.rich: RichProgress | None = None
         self.task: TaskID | None = None
 
-    def update(self, title: str, done: int, total: int) -> None:
-        """`done` of `total` units of what `title` names; another title begins another bar."""
+    def update(self, title: str, done: int, total: int, detail: str = "") -> None:
+        """`done` of `total` units of what `title` names; another title begins another bar.
+
+        detail: stands behind the title and may change.
+        """
         if not self.shown:
             return
         if title != self.title:
@@ -104,11 +115,13 @@ class Bar:
         if self.rich is None and time.monotonic() - self.begin < BAR_DELAY:
             return
         if self.rich is None:
-            self.rich = _rich_bar()
+            self.rich = _rich_bar(self.in_bytes)
             self.rich.start()
-            self.task = self.rich.add_task(title, total=total)
+            # What was done before is no part of the speed.
+            self.task = self.rich.add_task(title, total=total, completed=done)
         if self.task is not None:
-            self.rich.update(self.task, completed=done, total=total)
+            said = f"{title} {detail}".rstrip()
+            self.rich.update(self.task, completed=done, total=total, description=said)
 
     def close(self) -> None:
         """Take the line away; the next `update` begins anew."""
@@ -117,15 +130,16 @@ class Bar:
         self.rich, self.task, self.title = None, None, ""
 
 
-def _rich_bar() -> "RichProgress":
+def _rich_bar(in_bytes: bool) -> "RichProgress":
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    return Progress(
+    columns = [progress.BarColumn(), progress.TaskProgressColumn(), progress.TimeRemainingColumn()]
+    if in_bytes:
+        columns[1:1] = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+    return progress.Progress(
         "{task.description}",
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
+        *columns,
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,
@@ -145,9 +159,9 @@ class Stage:
             self.bar.close()
             self.title, self.begin = TITLES[name], time.monotonic()
 
-    def report(self, name: str, done: int, total: int) -> None:
+    def report(self, name: str, done: int, total: int, detail: str = "") -> None:
         """`name` has come to `done` of `total`."""
-        self.bar.update(TITLES[name], done, total)
+        self.bar.update(TITLES[name], done, total, detail)
 
     def interrupted(self) -> str:
         """The line that Ctrl-C leaves where there are no figures yet."""

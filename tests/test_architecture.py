@@ -51,9 +51,9 @@ ALLOWED: dict[str, str] = {
     "api": "errors files config image video tokenizer template prompt parse sampling family cache "
     "model memory loader engine hub",
     "__init__": "errors prompt parse sampling api",
-    "convert": "errors files packing config shards checkpoint template memory layers model "
-    "__init__",
     "terminal": "errors parse",
+    "convert": "errors files packing config shards checkpoint template prompt tokenizer family "
+    "cache layers model memory engine hub api __init__ terminal",
     "generate": "__init__ errors family memory loader hub sampling api terminal",
     "__main__": "__init__",
 }
@@ -140,7 +140,9 @@ def test_importing_the_package_brings_nothing_heavy_and_is_fast() -> None:
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2.0
 
 
-@pytest.mark.parametrize("command", [["qwen35_mlx"], ["qwen35_mlx.generate"]])
+@pytest.mark.parametrize(
+    "command", [["qwen35_mlx"], ["qwen35_mlx.generate"], ["qwen35_mlx.convert"]]
+)
 def test_help_computes_nothing(command: list[str]) -> None:
     code = (
         "import runpy, sys; sys.argv = ['x', '--help']\n"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qwen35_mlx.convert.published import config_values
 
-from family_configs import config_values
 from qwen35_mlx import config, family
 from qwen35_mlx.errors import ModelError
 from qwen35_mlx.packing import Format

@@ -1,7 +1,6 @@
 """Names become folders: local ones, conversions, the cache, and a small Hub on 127.0.0.1."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -9,22 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
+from qwen35_mlx.convert.published import config_values
 
-from family_configs import config_values
+from hub_server import FakeHub, serving
 from qwen35_mlx import family, hub
 from qwen35_mlx.errors import ModelError, OutOfMemory
 from tiny_shapes import CONFIGS
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
 SMALL = "mlx-community/Qwen3.5-0.8B-4bit"
 
@@ -56,128 +51,13 @@ def model_files(config: dict | None = None) -> dict[str, bytes]:
 UNWANTED = {"README.md": b"#", "model.gguf": b"G", "evil.py": b"!", "onnx/model.safetensors": b"x"}
 
 
-@dataclass
-class FakeHub:
-    """Speaks the endpoints that huggingface_hub asks for; remembers what it was asked."""
-
-    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    status: dict[str, tuple[int, str]] = field(default_factory=dict)  # repo -> answer, error code
-    asked: list[str] = field(default_factory=list)
-    sent: list[str] = field(default_factory=list)
-    cut: set[str] = field(default_factory=set)  # files whose connection breaks half way
-    slow: set[str] = field(default_factory=set)  # files that stop coming half way
-    url: str = ""
-
-    def listing(self, repo: str) -> list[dict]:
-        files = self.repos[repo].items()
-        return [
-            {
-                "type": "file",
-                "path": name,
-                "rfilename": name,
-                "size": len(data),
-                "oid": hashlib.sha1(data).hexdigest(),
-                "blobId": hashlib.sha1(data).hexdigest(),
-            }
-            for name, data in files
-        ]
-
-
-def handler(state: FakeHub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            """Tests are quiet."""
-
-        def answer(self, code: int, body: bytes, **headers: str) -> None:
-            self.send_response(code)
-            for key, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            path = urlsplit(self.path).path
-            state.asked.append(path)
-            parts = path.strip("/").split("/")
-            if parts[0] == "cdn":
-                return self.file("/".join(parts[1:3]), "/".join(parts[3:]))
-            repo = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
-            if repo in state.status or repo not in state.repos:
-                code, name = state.status.get(repo, (404, "RepoNotFound"))
-                return self.answer(code, b"{}", X_Error_Code=name)
-            if parts[0] == "api" and "tree" in parts:
-                return self.answer(200, json.dumps(state.listing(repo)).encode())
-            if parts[0] == "api":
-                about = {"id": repo, "sha": SHA, "siblings": state.listing(repo)}
-                return self.answer(200, json.dumps(about).encode())
-            name = "/".join(parts[4:])
-            if name not in state.repos[repo]:
-                return self.answer(404, b"", X_Error_Code="EntryNotFound")
-            if name.endswith(".safetensors"):  # large files are elsewhere
-                data = state.repos[repo][name]
-                return self.answer(
-                    302,
-                    b"",
-                    Location=f"{state.url}/cdn/{repo}/{name}",
-                    X_Repo_Commit=SHA,
-                    X_Linked_Size=str(len(data)),
-                    X_Linked_Etag=f'"{hashlib.sha256(data).hexdigest()}"',
-                )
-            return self.file(repo, name)
-
-        def file(self, repo: str, name: str) -> None:
-            data = state.repos[repo][name]
-            etag = f'"{hashlib.sha1(data).hexdigest()}"'
-            begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-            if self.command == "GET":
-                state.sent.append(f"{name}@{begin}")
-            if name in state.cut | state.slow and self.command == "GET":
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data[: len(data) // 2])
-                self.wfile.flush()
-                self.close_connection = True
-                if name in state.slow:
-                    time.sleep(20)
-                return
-            code = 206 if begin else 200
-            span = {"Content_Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}
-            self.answer(code, data[begin:], ETag=etag, X_Repo_Commit=SHA, **span)
-
-    return Handler
-
-
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    state = FakeHub(repos={REPO: model_files() | UNWANTED, SMALL: model_files(config_08b())})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", state.url)
-    template = state.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "SPARE", 0)
     monkeypatch.setenv("QWEN35_HOME", str(tmp_path / "home"))
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield state
-    close_session()
-    server.shutdown()
-    server.server_close()
+    repos = {REPO: model_files() | UNWANTED, SMALL: model_files(config_08b())}
+    with serving(monkeypatch, tmp_path / "hf" / "hub", repos) as state:
+        yield state
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:

@@ -5,10 +5,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from qwen35_mlx.convert.published import config_values
 
 import qwen35_mlx
 import tiny
-from family_configs import config_values
 from qwen35_mlx import config, engine, family, memory
 from qwen35_mlx.cache import Cache
 from qwen35_mlx.errors import OutOfMemory

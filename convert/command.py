@@ -1,0 +1,398 @@
+"""`qwen35-mlx convert`: a model in, a complete folder for MLX out. Exit codes as of `generate`."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen35_mlx import terminal
+from qwen35_mlx.errors import ConversionError, InputError, Qwen35Error, one_line, shown
+from qwen35_mlx.family import SIZES
+from qwen35_mlx.terminal import gigabytes, harmless_line, note
+
+from . import folder, origin, overview, published
+from .job import SPARE, Progress, convert
+from .options import Options, options
+from .origin import Found, Model
+from .overview import Overview
+from .plan import Plan, plan
+from .source import Source
+from .told import Told
+
+REVISION = re.compile(r"[\w.-]{1,100}(/[\w.-]{1,100})*")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options as typed, those for the format already checked."""
+
+    model: str | None
+    options: Options
+    out: str | None
+    every: bool
+    plan: bool
+    stream: bool
+    revision: str | None
+    verify: str | None
+    report: bool
+    text: str | None
+
+
+class Command(click.Command):
+    """A click command whose help ends with examples."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(
+            f"\nExamples:\n  {ctx.command_path} 9b --plan\n"
+            f"  {ctx.command_path} Qwen/Qwen3.5-9B --bits 4 --out qwen-9b-4bit\n"
+        )
+
+
+@click.command(
+    cls=Command,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
+@click.argument("model", required=False)
+@click.option("-b", "--bits", type=int, metavar="N", help="3, 4 (default), 5, 6, 8, or 16: BF16.")
+@click.option(
+    "--mode", default="affine", metavar="MODE", help="affine (default), mxfp4, mxfp8 or nvfp4."
+)
+@click.option("--group-size", type=int, metavar="N", help="Weights per scale: 32, 64 or 128.")
+@click.option(
+    "--recipe", metavar="NAME", help="careful: sensitive matrices get more bits; or uniform."
+)
+@click.option("--vision-bits", type=int, default=16, metavar="N", help="Vision tower: 8, or 16.")
+@click.option("--shard-size", default="5GB", metavar="SIZE", help="Largest file, such as 5GB.")
+@click.option("-o", "--out", metavar="DIR", help="The new folder; with --all the one they lie in.")
+@click.option("--all", "every", is_flag=True, help="All eight sizes, the smallest first.")
+@click.option(
+    "--plan", is_flag=True, help="Say what would be made and needed; download no weights."
+)
+@click.option("--stream", is_flag=True, help="Keep few source files on the disk at a time.")
+@click.option("--revision", metavar="SHA", help="Commit of the Hub's repository.")
+@click.option("--verify", metavar="DIR", help="Check every byte of a folder made before; no MODEL.")
+@click.option("--report", is_flag=True, help="Then tell the error of each class of matrices.")
+@click.option("--text", metavar="FILE", help="And the KL divergence on this text, with --report.")
+def command(**given: Any) -> int:
+    """Make a folder for MLX of a Qwen3.5 MODEL: language model, vision tower and MTP head.
+
+    MODEL is a Hub id, a size such as 4b (its original weights are fetched), or a local folder in
+    BF16, FP8 or MLX's form. An interrupted conversion goes on with the same command.
+    """
+    form = ("bits", "mode", "group_size", "recipe", "vision_bits", "shard_size")
+    asked = options(**{key: given.pop(key) for key in form})
+    return run(Request(options=asked, **given))
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m qwen35_mlx.convert") -> None:
+    """Run the command and exit the process; `argv` without the program's name."""
+    sys.exit(terminal.guarded(command, sys.argv[1:] if argv is None else argv, prog))
+
+
+def run(request: Request) -> int:
+    """Do what was asked for. Returns the exit code.
+
+    Raises: Qwen35Error for what the user can mend.
+    """
+    _require_sense(request)
+    told = Told()
+    try:
+        if request.verify is not None:
+            return _verify(Path(os.path.expanduser(request.verify)), told)
+        if request.plan:
+            _say_plan(request)
+            return 0
+        if request.every:
+            return _make_all(request, told)
+        model = _model(request)
+        return _make(request, model, _out(request, model), told)
+    except KeyboardInterrupt:
+        told.bar.close()
+        note(told.interrupted())
+        return terminal.INTERRUPTED
+    finally:
+        told.bar.close()
+
+
+# -- what was asked ----------------------------------------------------------------------------
+
+
+def _require_sense(request: Request) -> None:
+    """Raises: ConversionError for options that contradict each other."""
+    modes = {"MODEL": request.model is not None, "--all": request.every}
+    modes["--verify"] = request.verify is not None
+    given = [name for name, is_given in modes.items() if is_given]
+    if not given:
+        raise ConversionError(
+            "MODEL: none given; expected a Hub id, a size such as 4b, or a folder. Name one."
+        )
+    if len(given) > 1:
+        raise ConversionError(f"{given[0]} with {given[1]}; expected one of them. Leave one out.")
+    for name, other, wrong in (
+        ("--plan", "--verify", request.plan and request.verify is not None),
+        ("--report", "--verify", request.report and request.verify is not None),
+        ("--report", "--plan", request.report and request.plan),
+        ("--report", "--stream, which keeps no source", request.report and request.stream),
+        ("--revision", "--all", request.revision is not None and request.every),
+    ):
+        if wrong:
+            raise ConversionError(f"{name} with {other}; expected one of them. Leave one out.")
+    if request.text is not None and not request.report:
+        raise ConversionError("--text: given without --report; expected both. Add --report.")
+    if request.text is not None and not os.path.isfile(request.text):
+        raise ConversionError(f"--text {shown(request.text)}: no such file. Check the path.")
+    if request.revision is not None and (
+        not REVISION.fullmatch(request.revision) or ".." in request.revision
+    ):
+        raise ConversionError(
+            f"--revision: {shown(request.revision)}; expected a commit of 40 hexadecimal digits. "
+            "Take it from the repository's history."
+        )
+    if "" in (request.model, request.out, request.verify):
+        raise ConversionError("a name is empty; expected a model or folder. Give its name.")
+
+
+def _model(request: Request) -> Model:
+    assert request.model is not None
+    model = origin.model_of(request.model)
+    if model.folder is not None and request.revision is not None:
+        raise ConversionError(
+            f"--revision: given with {shown(model.folder)}, a local folder; expected a Hub id. "
+            "Leave it out."
+        )
+    return model
+
+
+def _out(request: Request, model: Model) -> Path:
+    """The folder to be made."""
+    from qwen35_mlx import hub
+
+    if request.out is not None and not request.every:
+        return Path(os.path.expanduser(request.out))
+    parent = Path(os.path.expanduser(request.out)) if request.out else hub.models()
+    return parent / f"{model.name.rpartition('/')[2]}-{request.options.label}"
+
+
+# -- plan --------------------------------------------------------------------------------------
+
+
+def _say_plan(request: Request) -> None:
+    if request.every:
+        models = [Model(size.hf_id, size=size) for size in SIZES]
+        text = overview.several([_overview(request, m, _out(request, m)) for m in models])
+    else:
+        model = _model(request)
+        text = overview.single(_overview(request, model, _out(request, model)))
+    click.echo(terminal.neutral(text))
+
+
+def _overview(request: Request, model: Model, out: Path) -> Overview:
+    """What a conversion would need, without fetching weights."""
+    with _explained(out):
+        found = origin.headers(model, out, request.stream, request.revision)
+        return _assessed(model, out, found, plan(found.source, request.options))
+
+
+def _assessed(model: Model, out: Path, found: Found, planned: Plan) -> Overview:
+    from huggingface_hub import constants
+
+    from qwen35_mlx import memory
+
+    done = sum(file.stat().st_size for file in folder.partial_of(out).glob("*.safetensors"))
+    uses = [(out, "output", max(planned.output_bytes - done, 0))]
+    if found.streaming:
+        uses.insert(0, (out, "two source files", found.streaming))
+    if found.download:
+        uses.insert(0, (Path(constants.HF_HUB_CACHE), "download", found.download))
+    disks = overview.disks(uses)
+    return Overview(model.name, out, found.what, planned, disks, memory.available(), SPARE)
+
+
+# -- make --------------------------------------------------------------------------------------
+
+
+def _make_all(request: Request, told: Told) -> int:
+    """Every size; one that fails is told again at the end."""
+    failed: list[str] = []
+    for size in SIZES:
+        model = Model(size.hf_id, size=size)
+        try:
+            if _make(request, model, _out(request, model), told):
+                failed.append(f"{size.name}: verification found problems; see above")
+        except Qwen35Error as error:
+            told.end(f"error: {error}")
+            failed.append(f"{size.name}: {error}")
+    for line in failed:
+        note(f"failed: {line}")
+    return terminal.MISTAKE if failed else 0
+
+
+def _make(request: Request, model: Model, out: Path, told: Told) -> int:
+    """Make and verify one folder, or verify the one that is there. Returns the exit code."""
+    begin = time.monotonic()
+    told.partial = folder.partial_of(out)
+    planned = None
+    with _explained(out):
+        if model.folder is not None:
+            folder.require_apart(model.folder, out)
+        if not folder.is_made(out, model.name, request.options):
+            planned = _convert(request, model, out, told)
+        elif model.folder is not None:
+            origin.require_older(model.folder, out)
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    if code := _say_problems(out, told):
+        return code
+    bits = f", {planned.bits_per_weight:.2f} bits per weight" if planned else ""
+    done = "done" if planned else "complete already, and verified"
+    told.end(f"{done}: {shown(out)}, {gigabytes(size)}{bits}, {time.monotonic() - begin:.1f} s")
+    if request.report:
+        _say_report(request, model, out, told)
+    return 0
+
+
+def _convert(request: Request, model: Model, out: Path, told: Told) -> Plan:
+    """Bring the source and convert it. Returns the plan that was carried out."""
+    found = _found(request, model, out, told)
+    source = found.source
+    # A source serves one plan.
+    again = Source(source.folder, source.values, source.entries, source.where)
+    planned = plan(again, request.options)
+    _require_room(_assessed(model, out, found, planned))
+    read, written = gigabytes(planned.source_bytes), gigabytes(planned.output_bytes)
+
+    def report(now: Progress) -> None:
+        if not told.is_converting:
+            told.enter("plan", f"{model.name}, {read} to read, {written} to write")
+        tensors = f"{now.tensors:,} of {now.total_tensors:,} tensors"
+        of_all = f"{gigabytes(now.done_bytes)} of {gigabytes(now.total_bytes)}"
+        told.enter("convert", f"{tensors} done, {of_all}")
+        told.stage.report("convert", now.done_bytes, now.total_bytes, tensors)
+        if (now.tensors, now.done_bytes) == (now.total_tensors, now.total_bytes):
+            told.enter("finish", f"{len(planned.files)} files, {written}")
+
+    name, revision = model.name, found.revision
+    convert(
+        found.source,
+        out,
+        request.options,
+        name=name,
+        revision=revision,
+        supply=found.supply,
+        progress=report,
+    )
+    return planned
+
+
+def _found(request: Request, model: Model, out: Path, told: Told) -> Found:
+    """The source, ready to be read: here, streamed, or after its download."""
+    found = origin.here(model, request.revision)
+    if found is None and request.stream:
+        found = origin.streamed(model, out, request.revision)
+    return found or origin.of_snapshot(_downloaded(request, model, out, told))
+
+
+def _downloaded(request: Request, model: Model, out: Path, told: Told) -> Path:
+    """The folder in the Hugging Face cache, after what is missing of it was fetched."""
+    from qwen35_mlx import hub
+
+    if request.revision is not None:
+        raise ConversionError(
+            f"--revision: {request.revision} of {model.name} is not in the Hugging Face cache; "
+            "only --stream fetches another commit than the newest. Add --stream."
+        )
+    choice = hub.resolve(model.name)
+    if choice.folder is not None:
+        return choice.folder
+    if model.size is not None:
+        source = published.source(model.size)
+        found = Found(source, "published shapes", download=choice.bytes)
+        _require_room(_assessed(model, out, found, plan(source, request.options)))
+    figures = f"{gigabytes(choice.bytes)} to download, {gigabytes(choice.free)} free"
+    told.enter("download", f"{choice.repo}, {figures} in {choice.cache}", always=True)
+    with terminal.leaving_at_once(quiet=False):
+        return hub.download(choice, lambda d, t: told.stage.report("download", d, t))
+
+
+def _require_room(needs: Overview) -> None:
+    """Raises: ConversionError before anything is begun that this machine cannot end."""
+    if needs.obstacles:
+        raise ConversionError(
+            f"{shown(needs.out)}: {'; '.join(needs.obstacles)}. Free some, choose another --out, "
+            "or see what --plan says."
+        )
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """What the file system refuses, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(
+            f"{shown(error.filename or out)}: {error.strerror or error}; expected a folder that "
+            "can be written. Mend that, or choose another --out."
+        ) from None
+
+
+# -- check and report --------------------------------------------------------------------------
+
+
+def _verify(made: Path, told: Told) -> int:
+    """Check a folder that was made before. Returns the exit code."""
+    begin = time.monotonic()
+    code = _say_problems(made, told)
+    if not code:
+        size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
+        told.end(f"verified: {shown(made)}, {gigabytes(size)}, {time.monotonic() - begin:.1f} s")
+    return code
+
+
+def _say_problems(made: Path, told: Told) -> int:
+    """Verify a folder; problems go to stdout, one per line. Returns the exit code."""
+    from . import verify
+
+    def progress(done: int, total: int) -> None:
+        told.enter("verify", gigabytes(total))
+        told.stage.report("verify", done, total)
+
+    problems = verify.verify(made, progress)
+    told.bar.close()
+    for line in problems:
+        click.echo(harmless_line(line))
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        told.end(f"{shown(made)}: {count} found. Remove the folder and convert again.")
+        return terminal.FAULT
+    return 0
+
+
+def _say_report(request: Request, model: Model, out: Path, told: Told) -> None:
+    """Compare the folder with its source and print the table."""
+    from . import report
+
+    found = _found(request, model, out, told)
+    text = None if request.text is None else _text(request.text)
+
+    def progress(done: int, total: int) -> None:
+        told.enter("compare", f"{shown(out)} with {model.name}")
+        told.stage.report("compare", 2 * done, 2 * total)  # of weights, two bytes each
+
+    made = report.report(found.source.folder, out, text, progress)
+    told.bar.close()
+    click.echo(terminal.neutral(made.table()))
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--text {shown(path)}: {one_line(error)}; expected a file of UTF-8 text. Check it."
+        ) from None
