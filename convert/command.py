@@ -244,8 +244,10 @@ def _make(request: Request, model: Model, out: Path, told: Told) -> int:
             folder.require_apart(model.folder, out)
         if not folder.is_made(out, model.name, request.options):
             planned = _convert(request, model, out, told)
-        elif model.folder is not None:
-            origin.require_older(model.folder, out)
+        elif (found := origin.here(model, request.revision)) is not None:
+            now = folder.state_of(found.source, model.name, found.revision, request.options)
+            folder.require_same_source(out, now)
+        folder.tidy(out)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     if code := _say_problems(out, told):
         return code

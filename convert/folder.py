@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from .source import Source
 from .writer import RECORD, flush_folder, write_whole
 
 PARTIAL, STATE, LOCK, MANIFEST = ".partial", "conversion.json", ".lock", "manifest.json"
+DOWNLOADS = "source"  # folder in the unfinished one where source files wait, when streamed
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
 COPIED = (
     *NEEDED,
@@ -41,7 +43,7 @@ TEMPLATE = "chat_template.jinja"
 
 def partial_of(out: Path) -> Path:
     """Where the unfinished folder lies: beside `out`, on the same disk also if `out` is a link."""
-    real = out.resolve()
+    real = Path(os.path.realpath(out))  # Path.resolve raises for a link to itself
     return real.parent / (real.name + PARTIAL)
 
 
@@ -54,6 +56,8 @@ def state_of(source: Source, name: str, revision: str | None, options: Options) 
     if revision is None:
         # The same shapes trained further are other weights.
         digest.update(str([file.stat().st_mtime_ns for file in source.files]).encode())
+        for path in [source.folder / small for small in (*COPIED, TEMPLATE)]:
+            digest.update(path.read_bytes() if path.is_file() else b"-")
     return {
         "format": FORMAT,
         "options": options.as_json(),
@@ -77,9 +81,8 @@ def is_made(out: Path, name: str, options: Options) -> bool:
             f"{shown(out)}: exists and was not made by this program; expected a new folder. "
             "Choose another --out."
         )
-    made = read_json(out / "config.json")[DECLARATION]
-    same = made.get("options") == options.as_json() and made.get("source", {}).get("name") == name
-    if not same:
+    made = _sound(out / "config.json", read_json(out / "config.json")[DECLARATION])
+    if made["options"] != options.as_json() or made["source"].get("name") != name:
         raise ConversionError(
             f"{shown(out)}: was made {_described(made)}; expected a new folder or the same "
             "options. Choose another --out."
@@ -87,9 +90,38 @@ def is_made(out: Path, name: str, options: Options) -> bool:
     return True
 
 
+def require_same_source(out: Path, state: dict[str, Any]) -> None:
+    """Raises: ConversionError when the complete `out` came of another source of that name."""
+    made = _sound(out / "config.json", read_json(out / "config.json")[DECLARATION])
+    if made["source"] != origin(state):
+        raise ConversionError(
+            f"{shown(out)}: was made from another {_source(made)} than this one, or from what it "
+            "was before; expected the same. Remove the folder, or choose another --out."
+        )
+
+
+def origin(state: dict[str, Any]) -> dict[str, Any]:
+    """What a complete folder says of its source: a commit of the Hub, or a local digest."""
+    source: dict[str, Any] = state["source"]
+    told = ("name", "revision", *(["digest"] if source["revision"] is None else []))
+    return {key: source[key] for key in told}
+
+
+def _sound(path: Path, found: Any) -> dict[str, Any]:
+    """The declaration or state in `path`, if it has the parts that are compared."""
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key), dict) for key in ("options", "source")
+    ):
+        raise ConversionError(
+            f"{shown(path)}: does not say what it was made of; expected what this program wrote. "
+            "Remove the folder to begin anew."
+        )
+    return found
+
+
 def require_apart(source: Path, out: Path) -> None:
     """Raises: ConversionError when writing `out` could touch the source."""
-    theirs, ours = source.resolve(), out.resolve()
+    theirs, ours = Path(os.path.realpath(source)), Path(os.path.realpath(out))
     for folder in (ours, partial_of(ours)):
         if folder == theirs or theirs in folder.parents or folder in theirs.parents:
             raise ConversionError(
@@ -122,6 +154,7 @@ def begun(out: Path, state: dict[str, Any]) -> Iterator[Path]:
             "folder. Move it away."
         )
     partial.mkdir(parents=True, exist_ok=True)
+    _require_plain(partial)
     with (partial / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,8 +165,27 @@ def begun(out: Path, state: dict[str, Any]) -> Iterator[Path]:
             ) from None
         if not (partial / STATE).is_file():
             write_whole(partial / STATE, json.dumps(state, indent=1))
-        _require_same(partial, read_json(partial / STATE), state)
+        _require_same(partial, _state(partial / STATE), state)
         yield partial
+
+
+def _require_plain(partial: Path) -> None:
+    """A link in there would lead what is written to where nobody named it."""
+    for path in (partial, *partial.iterdir()):
+        is_folder = path in (partial, partial / DOWNLOADS)
+        mode = path.lstat().st_mode
+        if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
+            raise ConversionError(
+                f"{shown(path)}: is no plain {'folder' if is_folder else 'file'}; expected what "
+                "this program wrote. Move it away."
+            )
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        return _sound(path, read_json(path))
+    except ModelError:
+        return _sound(path, None)
 
 
 def _is_begun(partial: Path) -> bool:
@@ -186,12 +238,10 @@ def copy_small_files(source: Path, partial: Path) -> None:
 def finish(partial: Path, out: Path, plan: Plan, source: Source, state: dict[str, Any]) -> None:
     """Write what makes the folder a model, then give it its name."""
     write_whole(partial / INDEX, json.dumps(_index(plan), indent=1))
-    about = {**state["source"]}
-    about.pop("digest")
     declaration = {
         "format": FORMAT,
         "version": __version__,
-        "source": about,
+        "source": origin(state),
         "options": state["options"],
         "sidecars": [f.name for f in plan.files if f not in plan.main_files],
         "manifest": MANIFEST,
@@ -199,7 +249,7 @@ def finish(partial: Path, out: Path, plan: Plan, source: Source, state: dict[str
     write_whole(partial / "config.json", json.dumps(_config(plan, source, declaration), indent=1))
     write_whole(partial / MANIFEST, json.dumps(_manifest(partial, plan), indent=1))
     flush_folder(partial)
-    partial.rename(out.resolve())
+    partial.rename(os.path.realpath(out))
     flush_folder(partial.parent)
     tidy(out)
 

@@ -86,13 +86,14 @@ def convert(
     Returns: `out`, complete. Raises: ConversionError, ModelError, OutOfMemory.
     """
     folder.require_apart(source.folder, out)
+    state = folder.state_of(source, name, revision, options)
     if folder.is_made(out, name, options):
+        folder.require_same_source(out, state)
         folder.tidy(out)
         return out
     planned = plan(source, options)
     folder.require_small_files(source.folder)
     memory.require(planned.peak_memory, f"converting {shown(name)}", "Close other programs.")
-    state = folder.state_of(source, name, revision, options)
     explained = _explained(folder.partial_of(out))
     with explained, folder.begun(out, state) as partial, closing(source):
         folder.copy_small_files(source.folder, partial)

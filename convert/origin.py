@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen35_mlx import hub
-from qwen35_mlx.errors import ConversionError, shown
 from qwen35_mlx.family import Size, find
 
 from . import folder, published
@@ -93,22 +92,14 @@ def cached(repo: str, revision: str | None) -> Path | None:
     return snapshot if snapshot is not None and hub.is_complete(snapshot) else None
 
 
-def require_older(source: Path, out: Path) -> None:
-    """Raises: ConversionError when local weights changed after `out` was made of that name."""
-    made = (out / folder.MANIFEST).stat().st_mtime_ns
-    if any(file.stat().st_mtime_ns > made for file in source.glob("*.safetensors")):
-        raise ConversionError(
-            f"{shown(out)}: is older than the weights in {shown(source)}; expected what became of "
-            "these. Remove it, or choose another --out."
-        )
-
-
 def streamed(model: Model, out: Path, revision: str | None) -> Found:
     """The headers from the Hub, and what brings the weight files one by one."""
     from . import remote
 
     # Inside the unfinished folder: what is left after a failure is in one place.
-    source, supply = remote.open_hub(model.name, folder.partial_of(out) / "source", revision)
+    source, supply = remote.open_hub(
+        model.name, folder.partial_of(out) / folder.DOWNLOADS, revision
+    )
     what = "headers from the Hub"
     return Found(source, what, supply.revision, supply=supply, streaming=supply.spare_bytes)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from qwen35_mlx.errors import ModelError
+from qwen35_mlx.files import read_json
+
 from .layout import NORMS, Piece, Target
 from .plan import OutFile, Plan
 
@@ -31,9 +34,9 @@ class Writer:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
         self.files = {file.name: file for file in plan.files}
-        self.finished = {name for name in self.files if self._is_finished(name)}
         self._norms = f"{NORMS}.safetensors"
         self._norms_kept = self._is_begun(self._norms)
+        self.finished = {name for name in self.files if self._is_finished(name)}
         for name in self.files.keys() - self.finished:
             if name != self._norms or not self._norms_kept:
                 # Of a run that was killed: the disk may not have room for this and its successor.
@@ -127,15 +130,38 @@ class Writer:
             flush(norms)
         flush(descriptor)
         digests = file_digests(descriptor, self.files[name])
+        if norms is not None and name != self._norms:
+            digests |= self._norm_digests(norms, name)
         write_whole(self.folder / (name + RECORD), json.dumps(digests))
         (self.folder / (name + TEMPORARY)).rename(self.folder / name)
         flush_folder(self.folder)
 
     def _is_finished(self, name: str) -> bool:
-        file, record = self.folder / name, self.folder / (name + RECORD)
-        return (
-            file.is_file() and record.is_file() and file.stat().st_size == self.files[name].nbytes
-        )
+        """Whether an earlier run's file is what its record says; if not, it is made anew."""
+        file, path, record = self.files[name], self.folder / name, self.folder / (name + RECORD)
+        if not path.is_file() or not record.is_file() or path.stat().st_size != file.nbytes:
+            return False
+        try:
+            recorded = read_json(record)
+        except ModelError:
+            return False
+        with path.open("rb") as opened:
+            found = file_digests(opened.fileno(), file)
+        if name != self._norms and self._norms_kept:
+            with (self.folder / (self._norms + TEMPORARY)).open("rb") as opened:
+                norms = self._norm_digests(opened.fileno(), name)
+            self._norms_kept = all(recorded.get(norm) == value for norm, value in norms.items())
+        return found == {part.name: recorded.get(part.name) for part in file.parts}
+
+    def _norm_digests(self, descriptor: int, name: str) -> dict[str, str]:
+        """sha256 of the exact norms that belong to the shard `name`."""
+        file = self.files[self._norms]
+        here = {part.name for part in self.files[name].parts}
+        return {
+            NORMS + part.name: digest(descriptor, file.offsets[part.name], part.nbytes)
+            for part in file.parts
+            if part.name in here
+        }
 
     def _is_begun(self, name: str) -> bool:
         path = self.folder / (name + TEMPORARY)

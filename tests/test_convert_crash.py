@@ -72,7 +72,8 @@ def assert_nothing_is_half_written(folder: Path, undisturbed: Path) -> None:
             assert json.loads(path.read_text())["source"]["name"] == "Qwen/a-model"
         elif path.name.endswith(".sha256.json"):
             expected = manifest[path.name.removesuffix(".sha256.json")]
-            found = json.loads(path.read_text())
+            # The exact norms of a shard are in it too, under other names.
+            found = {n: d for n, d in json.loads(path.read_text()).items() if n in expected}
             assert found == {name: said["sha256"] for name, said in expected.items()}
         else:
             same = path.read_bytes() == (undisturbed / path.name).read_bytes()

@@ -197,6 +197,7 @@ def test_config_json_is_the_source_s_with_what_other_programs_need(
     before["vision_config"]["model_type"] = before["model_type"]
     assert after == before and after["text_config"]["dtype"] == "bfloat16"
     assert ours["sidecars"] == ["mtp.safetensors", "norms.safetensors"]
+    assert len(ours["source"].pop("digest")) == 64
     assert ours["source"] == {"name": "Qwen/a-model", "revision": None}
     assert ours["options"]["bits"] == 4 and ours["options"]["recipe"] == "careful"
 

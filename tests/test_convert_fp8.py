@@ -66,16 +66,28 @@ def test_every_code_of_fp8_is_decoded_in_blocks_that_end_early(
     rows, columns = 389, 320
     _, scale = drawn_fp8("a matrix", (rows, columns), block)
     codes = (np.arange(rows)[:, None] * 7 + np.arange(columns)).astype(np.uint8)
-    assert all(set(row) == set(range(256)) for row in codes[::97])
+    codes[codes % 128 == 127] = 5  # NaN, which the test below refuses
+    assert all(len(set(row)) == 254 for row in codes[::97])
     source, view = converting.one_matrix(tmp_path / "a", raw(codes, "F8_E4M3"), scale, block=block)
     expected = tiny.round_bf16(decoded(codes, scale.floats, block))
-    number = CODES[codes] % 128 != 127
     for first, count in ((0, rows), (127, 3), (130, 259), (388, 1), (47, 50)):
         values = source.rows(view, first, count)
         assert values.dtype == mx.bfloat16 and values.shape == (count, columns)
         found, part = np.array(values.astype(mx.float32)), slice(first, first + count)
-        assert (np.isfinite(found) == number[part]).all()
-        assert np.array_equal(found[number[part]], expected[part][number[part]])
+        assert np.array_equal(found, expected[part])
+    source.close()
+
+
+@pytest.mark.parametrize("code", (127, 255))
+def test_nan_codes_are_refused_with_their_tensor_and_rows(code: int, tmp_path: Path) -> None:
+    _, scale = drawn_fp8("a matrix", (40, 64), (64, 32))
+    codes = np.full((40, 64), 126, np.uint8)
+    codes[33, 7] = code
+    stored = raw(codes, "F8_E4M3")
+    source, view = converting.one_matrix(tmp_path / "a", stored, scale, block=(64, 32))
+    assert np.isfinite(np.array(source.rows(view, 0, 33).astype(mx.float32))).all()
+    with pytest.raises(ModelError, match="holds NaN or infinity in rows 30 to 34"):
+        source.rows(view, 30, 5)
     source.close()
 
 
@@ -136,7 +148,9 @@ def test_fp8_gives_the_folder_that_its_bf16_copy_gives_bit_for_bit(
     fp8, plain = write_fp8(tmp_path, config(), block)
     found = converting.digests(converted(fp8, tmp_path / "out", shard_bytes=300_000, **given))
     expected = converted(plain, tmp_path / "expected", shard_bytes=300_000, **given)
-    assert len(found) > 15 and differing(found, converting.digests(expected)) == []
+    # What they were made of differs, and is said; nothing else does.
+    wrong = set(differing(found, converting.digests(expected)))
+    assert len(found) > 15 and wrong == {"config.json", "manifest.json"}
 
 
 def test_fp8_weights_and_scales_may_lie_in_different_files(tmp_path: Path) -> None:
@@ -149,7 +163,7 @@ def test_fp8_weights_and_scales_may_lie_in_different_files(tmp_path: Path) -> No
         converting.write_sharded(fp8, parts)
         found = main_tensors(converted(fp8, tmp_path / f"out {len(parts[0])}"))
         expected = main_tensors(converted(plain, tmp_path / f"expected {len(parts[0])}"))
-        assert differing(found, expected) == []
+        assert set(differing(found, expected)) <= {"config.json", "manifest.json"}
 
 
 def drop_scale(tensors: dict[str, Raw], name: str) -> None:
