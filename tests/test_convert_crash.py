@@ -345,12 +345,48 @@ def lose_a_file(left: Path) -> None:
     max(weights(left).values()).unlink()
 
 
+def flip_a_bit(left: Path) -> None:
+    _flip(sorted(weights(left).values())[1])
+
+
+def flip_a_bit_of_a_norm(left: Path) -> None:
+    norms = left / "norms.safetensors.tmp"
+    header = int.from_bytes(norms.read_bytes()[:8], "little")
+    _flip(norms, slice(8 + header, None))
+
+
+def _flip(path: Path, where: slice = slice(-9, None)) -> None:
+    """One bit in each byte of `where`; a place of unwritten norms may be hit too."""
+    data = bytearray(path.read_bytes())
+    data[where] = bytes(byte ^ 1 for byte in data[where])
+    path.write_bytes(data)
+
+
+def empty_a_record(left: Path) -> None:
+    next(left.glob("model-*.sha256.json")).write_text("{}")
+
+
+def damage_a_record(left: Path) -> None:
+    next(left.glob("model-*.sha256.json")).write_text("{")
+
+
 def lose_a_record(left: Path) -> None:
     min(left.glob("*.sha256.json")).unlink()
 
 
 @pytest.mark.parametrize(
-    "change", [forget_norms, break_norms, cut_a_file, lose_a_file, lose_a_record]
+    "change",
+    [
+        forget_norms,
+        break_norms,
+        cut_a_file,
+        lose_a_file,
+        lose_a_record,
+        flip_a_bit,
+        flip_a_bit_of_a_norm,
+        empty_a_record,
+        damage_a_record,
+    ],
 )
 def test_what_was_lost_between_two_runs_is_made_again(
     change: Callable[[Path], None], source: Path, undisturbed: Path, tmp_path: Path
@@ -361,6 +397,36 @@ def test_what_was_lost_between_two_runs_is_made_again(
     assert len(weights(partial_of(out))) > 3
     change(partial_of(out))
     assert_same(run(source, out), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "state", ("{", "[]", "{}", '{"options": 5, "source": {}}', '{"options": {}, "source": "x"}')
+)
+def test_a_damaged_record_of_the_work_is_said_and_nothing_is_overwritten(
+    state: str, source: Path, tmp_path: Path
+) -> None:
+    left = partial_of(tmp_path / "out")
+    left.mkdir()
+    (left / "conversion.json").write_text(state)
+    with pytest.raises(ConversionError, match="conversion.json: does not say .* Remove the folder"):
+        run(source, tmp_path / "out")
+    assert (left / "conversion.json").read_text() == state
+
+
+@pytest.mark.parametrize("name", (".lock", "conversion.json.tmp", ".lock and a pipe"))
+def test_nothing_is_written_through_links_in_an_unfinished_folder(
+    name: str, source: Path, tmp_path: Path
+) -> None:
+    left, elsewhere = partial_of(tmp_path / "out"), tmp_path / "elsewhere"
+    left.mkdir()
+    elsewhere.write_text("precious")
+    if name.endswith("pipe"):
+        os.mkfifo(left / ".lock")
+    else:
+        (left / name).symlink_to(elsewhere)
+    with pytest.raises(ConversionError, match="is no plain file"):
+        run(source, tmp_path / "out")
+    assert elsewhere.read_text() == "precious"
 
 
 def test_a_source_cut_short_during_the_run_is_named_and_once_whole_gone_on_with(
