@@ -146,8 +146,8 @@ def _require_sense(request: Request) -> None:
             raise ConversionError(f"{name} with {other}; expected one of them. Leave one out.")
     if request.text is not None and not request.report:
         raise ConversionError("--text: given without --report; expected both. Add --report.")
-    if request.text is not None and not os.path.isfile(request.text):
-        raise ConversionError(f"--text {shown(request.text)}: no such file. Check the path.")
+    if request.text is not None:
+        _text(request.text)  # what cannot be read is said before the hours of work
     if request.revision is not None and (
         not REVISION.fullmatch(request.revision) or ".." in request.revision
     ):
@@ -392,9 +392,15 @@ def _say_report(request: Request, model: Model, out: Path, told: Told) -> None:
 
 
 def _text(path: str) -> str:
+    """The text of --text. Raises: InputError when there is none."""
+    if not os.path.isfile(path):
+        raise InputError(f"--text {shown(path)}: no such file. Check the path.")
     try:
-        return Path(path).read_text("utf-8-sig")
+        text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--text {shown(path)}: {one_line(error)}; expected a file of UTF-8 text. Check it."
         ) from None
+    if not text.strip():
+        raise InputError(f"--text {shown(path)}: is empty; expected some text. Give another file.")
+    return text

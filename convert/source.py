@@ -181,7 +181,7 @@ class Source:
         for name in self.entries:
             if self.is_mlx and not ours and name.startswith(FOREIGN_MTP):
                 self.left_out[name] = "nothing in this layout declares how its norms are stored"
-            elif tied and name in ("lm_head.weight", "language_model.lm_head.weight"):
+            elif tied and name.startswith(("lm_head.", "language_model.lm_head.")):
                 self.left_out[name] = "tied: the embedding is the output head"
 
     def require_all_used(self) -> None:

@@ -177,6 +177,8 @@ def test_report_compares_the_folder_with_its_source(run: Run, made: Path, tmp_pa
         (["4b", "--report", "--plan"], "--report with --plan; expected one of them."),
         (["4b", "--text", "README.md"], "--text: given without --report; expected both."),
         (["4b", "--report", "--text", "none.txt"], "--text none.txt: no such file."),
+        (["4b", "--report", "--text", "/dev/null"], "--text /dev/null: no such file."),
+        (["4b", "--report", "--text", str(DEMO / "model.safetensors")], "--text /"),
         (["5b"], "5b: no such folder; expected a model folder, a Hub id"),
         (["x" * 5000], "xxx"),
         ([""], "a name is empty; expected a model or folder."),
