@@ -2,7 +2,7 @@
 
 python benchmarks/conversion.py [--rounds 5] [--experts] [--json FILE]
 
-The same random BF16 checkpoint, widths of 2B with 12 layers and its vision tower (3.0 GB), or with
+The same random BF16 checkpoint, widths of 2B with 12 layers and its vision tower (3.2 GB), or with
 --experts two layers of 35B-A3B (5.5 GB). Each program runs as a process of its own, taking turns;
 wall time and peak resident memory from outside. mlx-lm leaves out the vision tower, both leave out
 the MTP head; ours writes everything, digests it and flushes it to the disk.
