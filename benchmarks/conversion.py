@@ -33,6 +33,13 @@ from qwen35_mlx.convert.published import config_values  # noqa: E402
 from qwen35_mlx.family import find  # noqa: E402
 from tiny_shapes import shapes  # noqa: E402
 
+SMALL = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 SHARD_BYTES = 2_000_000_000
 
 
@@ -43,19 +50,22 @@ def make(name: str, layers: int, cache: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    _write(folder, describe(folder, name, layers))
+    (folder / ".complete").touch()
+    return folder
+
+
+def describe(folder: Path, name: str, layers: int) -> dict[str, tuple[int, ...]]:
+    """Write all but the weights of the size `name` with `layers` layers; the weights' shapes."""
     size = find(name)
     assert size is not None
     config = config_values(size)
     text = config["text_config"]
     text |= {"num_hidden_layers": layers, "layer_types": text["layer_types"][:layers]}
     (folder / "config.json").write_text(json.dumps(config))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for file in SMALL:
         shutil.copyfile(DEMO / file, folder / file)
-    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        shutil.copyfile(DEMO / file, folder / file)
-    _write(folder, shapes(config))
-    (folder / ".complete").touch()
-    return folder
+    return shapes(config)
 
 
 def _write(folder: Path, wanted: dict[str, tuple[int, ...]]) -> None:

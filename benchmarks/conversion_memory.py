@@ -16,26 +16,16 @@ import struct
 from pathlib import Path
 
 import checkpoints
-from conversion import DEMO, config_values, find, measured, shapes
+from conversion import describe, measured
 from peers import machine
-
-SMALL = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def make(name: str, layers: int, folder: Path) -> Path:
     """A sparse folder of the size `name`, one shard per layer and one for the rest."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    size = find(name)
-    assert size is not None
-    config = config_values(size)
-    text = config["text_config"]
-    text |= {"num_hidden_layers": layers, "layer_types": text["layer_types"][:layers]}
-    (folder / "config.json").write_text(json.dumps(config))
-    for file in SMALL:
-        shutil.copyfile(DEMO / file, folder / file)
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for tensor, shape in shapes(config).items():
+    for tensor, shape in describe(folder, name, layers).items():
         head, _, rest = tensor.partition(".layers.")
         group = rest.split(".")[0] if head.endswith("language_model") and rest else "rest"
         groups.setdefault(group, {})[tensor] = shape

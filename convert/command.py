@@ -1,48 +1,29 @@
 """`qwen35-mlx convert`: a model in, a complete folder for MLX out. Exit codes as of `generate`."""
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from qwen35_mlx import terminal
-from qwen35_mlx.errors import ConversionError, InputError, Qwen35Error, one_line, shown
+from qwen35_mlx.errors import ConversionError, Qwen35Error, shown
 from qwen35_mlx.family import SIZES
 from qwen35_mlx.terminal import gigabytes, harmless_line, note
 
 from . import folder, origin, overview, published
 from .job import SPARE, Progress, convert
-from .options import Options, options
+from .options import options
 from .origin import Found, Model
 from .overview import Overview
 from .plan import Plan, plan
+from .request import Request, read_text, require_sense
 from .source import Source
 from .told import Told
-
-REVISION = re.compile(r"[\w.-]{1,100}(/[\w.-]{1,100})*")
-
-
-@dataclass(frozen=True)
-class Request:
-    """The options as typed, those for the format already checked."""
-
-    model: str | None
-    options: Options
-    out: str | None
-    every: bool
-    plan: bool
-    stream: bool
-    revision: str | None
-    verify: str | None
-    report: bool
-    text: str | None
 
 
 class Command(click.Command):
@@ -101,7 +82,7 @@ def run(request: Request) -> int:
 
     Raises: Qwen35Error for what the user can mend.
     """
-    _require_sense(request)
+    require_sense(request)
     told = Told()
     try:
         if request.verify is not None:
@@ -122,41 +103,6 @@ def run(request: Request) -> int:
 
 
 # -- what was asked ----------------------------------------------------------------------------
-
-
-def _require_sense(request: Request) -> None:
-    """Raises: ConversionError for options that contradict each other."""
-    modes = {"MODEL": request.model is not None, "--all": request.every}
-    modes["--verify"] = request.verify is not None
-    given = [name for name, is_given in modes.items() if is_given]
-    if not given:
-        raise ConversionError(
-            "MODEL: none given; expected a Hub id, a size such as 4b, or a folder. Name one."
-        )
-    if len(given) > 1:
-        raise ConversionError(f"{given[0]} with {given[1]}; expected one of them. Leave one out.")
-    for name, other, wrong in (
-        ("--plan", "--verify", request.plan and request.verify is not None),
-        ("--report", "--verify", request.report and request.verify is not None),
-        ("--report", "--plan", request.report and request.plan),
-        ("--report", "--stream, which keeps no source", request.report and request.stream),
-        ("--revision", "--all", request.revision is not None and request.every),
-    ):
-        if wrong:
-            raise ConversionError(f"{name} with {other}; expected one of them. Leave one out.")
-    if request.text is not None and not request.report:
-        raise ConversionError("--text: given without --report; expected both. Add --report.")
-    if request.text is not None:
-        _text(request.text)  # what cannot be read is said before the hours of work
-    if request.revision is not None and (
-        not REVISION.fullmatch(request.revision) or ".." in request.revision
-    ):
-        raise ConversionError(
-            f"--revision: {shown(request.revision)}; expected a commit of 40 hexadecimal digits. "
-            "Take it from the repository's history."
-        )
-    if "" in (request.model, request.out, request.verify):
-        raise ConversionError("a name is empty; expected a model or folder. Give its name.")
 
 
 def _model(request: Request) -> Model:
@@ -324,10 +270,11 @@ def _downloaded(request: Request, model: Model, out: Path, told: Told) -> Path:
 
 def _require_room(needs: Overview) -> None:
     """Raises: ConversionError before anything is begun that this machine cannot end."""
+    needed = sum(disk.needed for disk in needs.disks)
     if needs.obstacles:
         raise ConversionError(
-            f"{shown(needs.out)}: {'; '.join(needs.obstacles)}. Free some, choose another --out, "
-            "or see what --plan says."
+            f"{shown(needs.out)}: {'; '.join(needs.obstacles)}, of {needed:,} bytes that are to be "
+            "written. Free some, choose another --out, or see what --plan says."
         )
 
 
@@ -380,7 +327,7 @@ def _say_report(request: Request, model: Model, out: Path, told: Told) -> None:
     from . import report
 
     found = _found(request, model, out, told)
-    text = None if request.text is None else _text(request.text)
+    text = None if request.text is None else read_text(request.text)
 
     def progress(done: int, total: int) -> None:
         told.enter("compare", f"{shown(out)} with {model.name}")
@@ -389,18 +336,3 @@ def _say_report(request: Request, model: Model, out: Path, told: Told) -> None:
     made = report.report(found.source.folder, out, text, progress)
     told.bar.close()
     click.echo(terminal.neutral(made.table()))
-
-
-def _text(path: str) -> str:
-    """The text of --text. Raises: InputError when there is none."""
-    if not os.path.isfile(path):
-        raise InputError(f"--text {shown(path)}: no such file. Check the path.")
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--text {shown(path)}: {one_line(error)}; expected a file of UTF-8 text. Check it."
-        ) from None
-    if not text.strip():
-        raise InputError(f"--text {shown(path)}: is empty; expected some text. Give another file.")
-    return text

@@ -18,7 +18,6 @@ from qwen35_mlx import hub, shards
 from qwen35_mlx.errors import ModelError
 from qwen35_mlx.shards import Entry
 
-from .plan import Plan
 from .source import Source, read_values
 from .writer import digest
 
@@ -59,11 +58,6 @@ def open_hub(
         name: replace(entry, file=shards_folder / entry.file.name) for name, entry in stored.items()
     }
     return Source(folder, values, entries, where=repo), HubSupply(commit, shards_folder)
-
-
-def peak_disk(planned: Plan, supply: "HubSupply") -> int:
-    """Bytes on the disk when they are most: the whole output and two source files."""
-    return planned.output_bytes + supply.most_bytes
 
 
 class HubSupply:

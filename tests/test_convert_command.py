@@ -189,7 +189,9 @@ def test_report_compares_the_folder_with_its_source(run: Run, made: Path, tmp_pa
         (["4b", "--bits", "16", "--group-size", "32"], "--group-size: given with --bits 16"),
         (["4b", "--mode", "gguf"], "--mode: gguf; expected one of affine"),
         (["4b", "--shard-size", "big"], "--shard-size: 'big'; expected at least 1MB"),
-        (["4b", "--revision", "../main"], "--revision: ../main; expected a commit of 40"),
+        (["4b", "--revision", "../main"], "--revision: ../main; expected a commit"),
+        (["4b", "--revision", "-x"], "--revision: -x; expected a commit"),
+        (["4b", "--revision", "\u00fc"], "--revision: \u00fc; expected a commit"),
         ([str(DEMO), "--revision", SHA], "--revision: given with "),
         ([str(DEMO), "--out", str(DEMO)], f"{overview.shown(DEMO)}: is the source, or lies inside"),
         ([str(DEMO), "--out", "file"], "file: exists and was not made by this program;"),
@@ -244,6 +246,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     code, out, err = run(DEMO, "-o", tmp_path / "x")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "258.8 MB of disk are missing at" in err
+    planned = convert.plan(convert.open_folder(DEMO), convert.options())
+    assert f"{planned.output_bytes:,} bytes that are to be written" in err
     assert below(tmp_path) == []
     out, _ = run.fine(DEMO, "-o", tmp_path / "x", "--plan")
     assert re.search(r"^  this machine +258\.8 MB of disk are missing at ", out, re.M)

@@ -112,12 +112,12 @@ def test_a_streamed_folder_is_the_one_that_is_converted_locally(
 
 def test_planning_needs_the_headers_only_and_writes_nothing(fake: FakeHub, tmp_path: Path) -> None:
     source, supply = opened(tmp_path / "out")
-    planned = convert.plan(source, OPTIONS)
+    convert.plan(source, OPTIONS)
     assert {name: fake.nbytes[name] for name in SHARDS} == {
         name: header_bytes(data) for name, data in weights(fake)
     }
     largest = sum(sorted(len(data) for _, data in weights(fake))[-2:])
-    assert remote.peak_disk(planned, supply) == planned.output_bytes + largest
+    assert supply.most_bytes == largest
     assert not folder.partial_of(tmp_path / "out").exists()
 
 
@@ -404,7 +404,7 @@ def test_the_room_for_two_weight_files_is_asked_for_before_the_first_comes(
 ) -> None:
     source, supply = opened(tmp_path / "out")
     planned = convert.plan(source, OPTIONS)
-    needed = remote.peak_disk(planned, supply) + job.SPARE
+    needed = planned.output_bytes + supply.most_bytes + job.SPARE
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(ConversionError, match="bytes are still to be written"):

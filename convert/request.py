@@ -1,0 +1,78 @@
+"""What was typed, as far as it can be judged before anything is looked for."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen35_mlx.errors import ConversionError, InputError, one_line, shown
+
+from .options import Options
+
+REVISION = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99})*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options as typed, those for the format already checked."""
+
+    model: str | None
+    options: Options
+    out: str | None
+    every: bool
+    plan: bool
+    stream: bool
+    revision: str | None
+    verify: str | None
+    report: bool
+    text: str | None
+
+
+def require_sense(request: Request) -> None:
+    """Raises: ConversionError for options that contradict each other."""
+    modes = {"MODEL": request.model is not None, "--all": request.every}
+    modes["--verify"] = request.verify is not None
+    given = [name for name, is_given in modes.items() if is_given]
+    if not given:
+        raise ConversionError(
+            "MODEL: none given; expected a Hub id, a size such as 4b, or a folder. Name one."
+        )
+    if len(given) > 1:
+        raise ConversionError(f"{given[0]} with {given[1]}; expected one of them. Leave one out.")
+    for name, other, wrong in (
+        ("--plan", "--verify", request.plan and request.verify is not None),
+        ("--report", "--verify", request.report and request.verify is not None),
+        ("--report", "--plan", request.report and request.plan),
+        ("--report", "--stream, which keeps no source", request.report and request.stream),
+        ("--revision", "--all", request.revision is not None and request.every),
+    ):
+        if wrong:
+            raise ConversionError(f"{name} with {other}; expected one of them. Leave one out.")
+    if request.text is not None and not request.report:
+        raise ConversionError("--text: given without --report; expected both. Add --report.")
+    if request.text is not None:
+        read_text(request.text)  # what cannot be read is said before the hours of work
+    if request.revision is not None and (
+        not REVISION.fullmatch(request.revision) or ".." in request.revision
+    ):
+        raise ConversionError(
+            f"--revision: {shown(request.revision)}; expected a commit, a tag or a branch. "
+            "Take it from the repository's history."
+        )
+    if "" in (request.model, request.out, request.verify):
+        raise ConversionError("a name is empty; expected a model or folder. Give its name.")
+
+
+def read_text(path: str) -> str:
+    """The text of --text. Raises: InputError when there is none."""
+    if not os.path.isfile(path):
+        raise InputError(f"--text {shown(path)}: no such file. Check the path.")
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--text {shown(path)}: {one_line(error)}; expected a file of UTF-8 text. Check it."
+        ) from None
+    if not text.strip():
+        raise InputError(f"--text {shown(path)}: is empty; expected some text. Give another file.")
+    return text
