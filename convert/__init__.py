@@ -5,6 +5,15 @@ floats), `recipe` (how each matrix is stored), `layout` (what the folder gets, f
 `plan` (every byte of the output), `job` (does it), `writer` and `folder` (onto the disk, safely).
 """
 
+import os
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # `python -m` imports this before `__main__`, and MLX takes a while: Ctrl-C is no traceback
+    # meanwhile. `terminal.guarded` then takes over.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from .job import Progress, convert
 from .options import Options, options
 from .plan import Plan, plan

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qwen35_mlx import terminal
 from qwen35_mlx.errors import ConversionError, Qwen35Error, shown
@@ -22,7 +24,6 @@ from .origin import Found, Model
 from .overview import Overview
 from .plan import Plan, plan
 from .request import Request, read_text, require_sense
-from .source import Source
 from .told import Told
 
 
@@ -61,15 +62,21 @@ class Command(click.Command):
 @click.option("--verify", metavar="DIR", help="Check every byte of a folder made before; no MODEL.")
 @click.option("--report", is_flag=True, help="Then tell the error of each class of matrices.")
 @click.option("--text", metavar="FILE", help="And the KL divergence on this text, with --report.")
-def command(**given: Any) -> int:
+@click.pass_context
+def command(ctx: click.Context, /, **values: Any) -> int:
     """Make a folder for MLX of a Qwen3.5 MODEL: language model, vision tower and MTP head.
 
     MODEL is a Hub id, a size such as 4b (its original weights are fetched), or a local folder in
     BF16, FP8 or MLX's form. An interrupted conversion goes on with the same command.
     """
+    given = tuple(
+        "MODEL" if isinstance(parameter, click.Argument) else parameter.opts[-1]
+        for parameter in command.params
+        if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    )
     form = ("bits", "mode", "group_size", "recipe", "vision_bits", "shard_size")
-    asked = options(**{key: given.pop(key) for key in form})
-    return run(Request(options=asked, **given))
+    asked = options(**{key: values.pop(key) for key in form})
+    return run(Request(given=given, options=asked, **values))
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m qwen35_mlx.convert") -> None:
@@ -158,7 +165,12 @@ def _assessed(model: Model, out: Path, found: Found, planned: Plan) -> Overview:
     if found.download:
         uses.insert(0, (Path(constants.HF_HUB_CACHE), "download", found.download))
     disks = overview.disks(uses)
-    return Overview(model.name, out, found.what, planned, disks, memory.available(), SPARE)
+    what = f"{found.what}; {_lacking(found)}" if found.source.lacking else found.what
+    return Overview(model.name, out, what, planned, disks, memory.available(), SPARE)
+
+
+def _lacking(found: Found) -> str:
+    return f"no {' and no '.join(found.source.lacking)}, though config.json declares it"
 
 
 # -- make --------------------------------------------------------------------------------------
@@ -167,17 +179,20 @@ def _assessed(model: Model, out: Path, found: Found, planned: Plan) -> Overview:
 def _make_all(request: Request, told: Told) -> int:
     """Every size; one that fails is told again at the end."""
     failed: list[str] = []
+    code = 0
     for size in SIZES:
         model = Model(size.hf_id, size=size)
         try:
             if _make(request, model, _out(request, model), told):
+                code = terminal.FAULT
                 failed.append(f"{size.name}: verification found problems; see above")
         except Qwen35Error as error:
+            code = code or terminal.MISTAKE
             told.end(f"error: {error}")
             failed.append(f"{size.name}: {error}")
     for line in failed:
         note(f"failed: {line}")
-    return terminal.MISTAKE if failed else 0
+    return code
 
 
 def _make(request: Request, model: Model, out: Path, told: Told) -> int:
@@ -188,11 +203,10 @@ def _make(request: Request, model: Model, out: Path, told: Told) -> int:
     with _explained(out):
         if model.folder is not None:
             folder.require_apart(model.folder, out)
-        if not folder.is_made(out, model.name, request.options):
+        if folder.is_made(out, model.name, request.options):
+            _require_same_source(request, model, out)
+        else:
             planned = _convert(request, model, out, told)
-        elif (found := origin.here(model, request.revision)) is not None:
-            now = folder.state_of(found.source, model.name, found.revision, request.options)
-            folder.require_same_source(out, now)
         folder.tidy(out)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     if code := _say_problems(out, told):
@@ -205,14 +219,25 @@ def _make(request: Request, model: Model, out: Path, told: Told) -> int:
     return 0
 
 
+def _require_same_source(request: Request, model: Model, out: Path) -> None:
+    """Compare the complete `out` with what is known of the model without fetching it."""
+    found = origin.here(model, request.revision)
+    if found is not None:
+        now = folder.state_of(found.source, model.name, found.revision, request.options)
+        folder.require_same_source(out, now)
+    elif request.revision is not None:
+        commit = origin.commit(model, request.revision)
+        folder.require_same_source(out, {"source": {"name": model.name, "revision": commit}})
+
+
 def _convert(request: Request, model: Model, out: Path, told: Told) -> Plan:
     """Bring the source and convert it. Returns the plan that was carried out."""
+    _require_place(out)
     found = _found(request, model, out, told)
-    source = found.source
-    # A source serves one plan.
-    again = Source(source.folder, source.values, source.entries, source.where)
-    planned = plan(again, request.options)
+    planned = plan(found.source, request.options)
     _require_room(_assessed(model, out, found, planned))
+    if found.source.lacking:
+        note(f"note: {model.name}: {_lacking(found)}; the new folder will have none either.")
     read, written = gigabytes(planned.source_bytes), gigabytes(planned.output_bytes)
 
     def report(now: Progress) -> None:
@@ -225,13 +250,12 @@ def _convert(request: Request, model: Model, out: Path, told: Told) -> Plan:
         if (now.tensors, now.done_bytes) == (now.total_tensors, now.total_bytes):
             told.enter("finish", f"{len(planned.files)} files, {written}")
 
-    name, revision = model.name, found.revision
     convert(
         found.source,
         out,
         request.options,
-        name=name,
-        revision=revision,
+        name=model.name,
+        revision=found.revision,
         supply=found.supply,
         progress=report,
     )
@@ -276,6 +300,18 @@ def _require_room(needs: Overview) -> None:
             f"{shown(needs.out)}: {'; '.join(needs.obstacles)}, of {needed:,} bytes that are to be "
             "written. Free some, choose another --out, or see what --plan says."
         )
+
+
+def _require_place(out: Path) -> None:
+    """Raises: ConversionError before anything is fetched for a folder that cannot be made."""
+    above = next(path for path in folder.partial_of(out).parents if os.path.exists(path))
+    try:
+        tempfile.TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise ConversionError(
+            f"{shown(out)}: nothing can be made in {shown(above)} ({error.strerror}); expected a "
+            "folder that can be written. Choose another --out."
+        ) from None
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 import errno
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +23,7 @@ from .source import Source
 from .writer import Writer
 
 Steps = list[tuple[Target, Piece]]
+AHEAD = 2  # parts under way beside the one that is written; MLX has one thread for each stream
 CACHE_BYTES = 256 << 20  # of freed arrays that MLX keeps
 SPARE = 256_000_000  # of the disk: small files, and whatever else writes to it
 
@@ -122,16 +125,18 @@ def _fill(
         writer.expect(step for steps in todo.values() for step in steps)
         meter = _Meter(planned, todo, progress)
         held: list[Path] = []
+        streams = cycle([mx.new_stream(mx.default_device()) for _ in range(AHEAD)])
         for place, steps in enumerate(todo.values()):
             for path in [p for p in needed_files(steps) if p not in held]:
                 supply.ready(path)
                 held.append(path)
-            for target, piece in steps:
-                for first, count in _slices(piece):
-                    _convert_rows(source, writer, target, piece, first, count)
-                    meter.moved(target, count)
-                writer.piece_done(target)
-                meter.piece_done(target)
+            for part in _ahead(source, steps, streams):
+                target, piece = part.target, part.piece
+                writer.put(target, piece.at + part.first, part.arrays)
+                meter.moved(target, part.count)
+                if part.first + part.count == piece.count:
+                    writer.piece_done(target)
+                    meter.piece_done(target)
             for path in [path for path in held if last_use[path] == place]:
                 source.close(path)
                 supply.drop(path)
@@ -150,19 +155,38 @@ def needed_files(steps: Steps) -> list[Path]:
     return sorted({e.file for _, piece in steps for e in piece.view.entries})
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a piece; arrays: their bytes, `[count, bytes of a row]`."""
+
+    target: Target
+    piece: Piece
+    first: int
+    count: int
+    arrays: dict[str, mx.array]
+
+
+def _ahead(source: Source, steps: Steps, streams: Iterator[mx.Stream]) -> Iterator[_Part]:
+    """Every part; the next ones are read and computed while its taker writes it."""
+    begun: deque[_Part] = deque()
+    for target, piece in steps:
+        for first, count in _slices(piece):
+            with mx.stream(next(streams)):
+                arrays = target.convert(source.rows(piece.view, piece.first + first, count))
+                # NumPy has no bf16. A view taken later would wait for what is queued by then.
+                stored = {part: array.view(mx.uint8) for part, array in arrays.items()}
+                mx.async_eval(stored)
+            begun.append(_Part(target, piece, first, count, stored))
+            if len(begun) > AHEAD:
+                yield begun.popleft()
+    yield from begun
+
+
 def _slices(piece: Piece) -> Iterator[tuple[int, int]]:
     """(first row within the piece, rows) of parts that are small in memory."""
     most = max(1, SLICE_BYTES // (2 * piece.view.columns))
     for first in range(0, piece.count, most):
         yield first, min(most, piece.count - first)
-
-
-def _convert_rows(
-    source: Source, writer: Writer, target: Target, piece: Piece, first: int, count: int
-) -> None:
-    arrays = target.convert(source.rows(piece.view, piece.first + first, count))
-    mx.eval(arrays)
-    writer.put(target, piece.at + first, arrays)
 
 
 class _Meter:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen35_mlx.checkpoint import ZERO_CENTRED, to_mlx_name
+from qwen35_mlx.config import Config
 from qwen35_mlx.layers.moe import GroupedLinear
 from qwen35_mlx.model import Model
 from qwen35_mlx.packing import Format
@@ -117,8 +118,19 @@ def targets(source: Source, options: Options) -> tuple[Target, ...]:
         if path in columns:
             packing = recipe.format_of(path, columns[path], tied, options)
         found += _targets(source, name, array.shape, packing)
-    source.require_all_used()
+    source.require_all_used(piece.view for target in found for piece in target.pieces)
     return tuple(found)
+
+
+def published(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor as Qwen publishes the whole model, experts joined."""
+    parameters = dict(tree_flatten(Model(config, has_vision=True, has_mtp=True).parameters()))
+    return {
+        name.removesuffix(".weight") if EXPERTS in name else name: _shapes(
+            config, name, array.shape, is_mlx=False
+        )[0]
+        for name, array in parameters.items()
+    }
 
 
 def matrices(model: Model) -> dict[str, int]:
@@ -135,7 +147,7 @@ def _targets(
     if EXPERTS in name:
         yield from _experts(source, path, shape, packing)
         return
-    stored, folder_shape, rows = _shapes(source, name, shape)
+    stored, folder_shape, rows = _shapes(source.config, name, shape, source.is_mlx)
     view = source.view(_stored_name(source, name), stored, rows)
     is_norm = bool(ZERO_CENTRED.search(name))
     yield Target(
@@ -160,20 +172,20 @@ def _is_exact(source: Source, name: str, view: View, is_norm: bool) -> bool:
 
 
 def _shapes(
-    source: Source, name: str, shape: tuple[int, ...]
+    config: Config, name: str, shape: tuple[int, ...], is_mlx: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Shape in the source, in our folder, and rows, of the model's parameter `name`."""
     if name.endswith("conv1d.weight"):
         taps, channels = shape
         ours = (channels, taps, 1)
-        return (ours if source.is_mlx else (channels, 1, taps)), ours, channels
+        return (ours if is_mlx else (channels, 1, taps)), ours, channels
     if name.endswith("patch_embed.proj.weight"):
-        vision = source.config.vision
+        vision = config.vision
         assert vision is not None
         size, frames, channels = vision.patch_size, vision.temporal_patch_size, vision.in_channels
         patch = (shape[0], frames, size, size, channels)
         theirs = (shape[0], channels, frames, size, size)
-        return (patch if source.is_mlx else theirs), patch, shape[0]
+        return (patch if is_mlx else theirs), patch, shape[0]
     return shape, shape, 1 if len(shape) == 1 else math.prod(shape[:-1])
 
 

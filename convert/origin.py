@@ -1,6 +1,7 @@
 """What MODEL on the command line stands for, and where its headers and weights come from."""
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from qwen35_mlx.family import Size, find
 from . import folder, published
 from .job import Supply
 from .source import Source, open_folder
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,14 @@ def here(model: Model, revision: str | None) -> Found | None:
         return Found(open_folder(model.folder), "local folder")
     snapshot = cached(model.name, revision)
     return of_snapshot(snapshot) if snapshot else None
+
+
+def commit(model: Model, revision: str) -> str:
+    """The commit that `revision` means: itself, or what the Hub says of a branch or tag.
+
+    Raises: ModelError when the Hub does not say.
+    """
+    return revision if COMMIT.fullmatch(revision) else hub.listing(model.name, revision).revision
 
 
 def of_snapshot(snapshot: Path) -> Found:

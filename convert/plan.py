@@ -20,9 +20,9 @@ from .layout import MAIN, MTP, NORMS, Piece, Target, targets
 from .options import Options
 from .source import Source
 
-SLICE_BYTES = 32 << 20  # of floats converted at once
+SLICE_BYTES = 16 << 20  # of floats converted at once
 # Python and MLX take this much, and a slice lies in memory a few times over; measured by
-# tests/test_convert_memory.py.
+# benchmarks/conversion_memory.py.
 PROCESS_BYTES, SLICES = 200_000_000, 8
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen35_mlx import config
 from qwen35_mlx.family import Size
 from qwen35_mlx.shards import ITEM_BYTES, Entry
 
 from . import layout
-from .options import Options
-from .source import Source, View
+from .source import Source
 
 # How the repositories are split; a tensor that is larger has a shard of its own.
 SHARD_BYTES = 5_000_000_000
@@ -94,44 +94,20 @@ def config_values(size: Size) -> dict[str, Any]:
 def source(size: Size) -> Source:
     """The original folder of `size` for planning: its headers as they are, no contents.
 
-    Everything BF16 but `A_log` and the gated norm, experts fused, in shards of the usual size.
+    Everything BF16 but `A_log` and the gated norm, experts joined, in shards of the usual size.
     """
-    asked = _Asked(size)
-    layout.targets(asked, Options(base=None))
-    return Source(asked.folder, asked.values, asked.entries, where=size.hf_id)
-
-
-class _Asked(Source):
-    """Has every tensor that `layout` asks for, so that names and shapes are said there only."""
-
-    def __init__(self, size: Size) -> None:
-        folder = Path(size.hf_id)
-        seed = Entry(folder, "BF16", (), 0, 0)  # its name says that these are Hugging Face's names
-        super().__init__(folder, config_values(size), {"model.language_model.": seed})
-        self.entries.clear()
-        self._shard, self._offset = 1, 0
-
-    @property
-    def has_vision(self) -> bool:
-        return True
-
-    @property
-    def has_mtp(self) -> bool:
-        return True
-
-    def has(self, name: str) -> bool:
-        return name != "model.embed_tokens.weight"  # that of a folder without the tower
-
-    def view(self, name: str, shape: tuple[int, ...], rows: int) -> View:
+    folder, values = Path(size.hf_id), config_values(size)
+    entries: dict[str, Entry] = {}
+    shard, offset = 1, 0
+    for name, shape in layout.published(config.parse(values, size.hf_id)).items():
         dtype = "F32" if name.endswith(F32) else "BF16"
         nbytes = ITEM_BYTES[dtype] * math.prod(shape)
-        if self._offset and self._offset + nbytes > SHARD_BYTES:
-            self._shard, self._offset = self._shard + 1, 0
-        file = self.folder / f"model-{self._shard:05d}.safetensors"
-        entry = self.entries[name] = Entry(file, dtype, shape, nbytes, self._offset)
-        self._claimed.add(name)
-        self._offset += nbytes
-        return View(entry, rows, math.prod(shape) // rows)
+        if offset and offset + nbytes > SHARD_BYTES:
+            shard, offset = shard + 1, 0
+        file = folder / f"model-{shard:05d}.safetensors"
+        entries[name] = Entry(file, dtype, shape, nbytes, offset)
+        offset += nbytes
+    return Source(folder, values, entries, where=size.hf_id)
 
 
 def _text_values(size: Size, shapes: Shapes, kind: str) -> dict[str, Any]:

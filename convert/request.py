@@ -10,12 +10,22 @@ from qwen35_mlx.errors import ConversionError, InputError, one_line, shown
 from .options import Options
 
 REVISION = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99})*", re.ASCII)
+APART = (
+    ("MODEL", "--all"),
+    ("--report", "--plan"),
+    ("--report", "--stream"),
+    ("--revision", "--all"),
+)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options as typed, those for the format already checked."""
+    """The options as typed, those for the format already checked.
 
+    given: names of those that were typed, in the order of the help.
+    """
+
+    given: tuple[str, ...]
     model: str | None
     options: Options
     out: str | None
@@ -30,23 +40,14 @@ class Request:
 
 def require_sense(request: Request) -> None:
     """Raises: ConversionError for options that contradict each other."""
-    modes = {"MODEL": request.model is not None, "--all": request.every}
-    modes["--verify"] = request.verify is not None
-    given = [name for name, is_given in modes.items() if is_given]
-    if not given:
+    given = request.given
+    if not {"MODEL", "--all", "--verify"}.intersection(given):
         raise ConversionError(
             "MODEL: none given; expected a Hub id, a size such as 4b, or a folder. Name one."
         )
-    if len(given) > 1:
-        raise ConversionError(f"{given[0]} with {given[1]}; expected one of them. Leave one out.")
-    for name, other, wrong in (
-        ("--plan", "--verify", request.plan and request.verify is not None),
-        ("--report", "--verify", request.report and request.verify is not None),
-        ("--report", "--plan", request.report and request.plan),
-        ("--report", "--stream, which keeps no source", request.report and request.stream),
-        ("--revision", "--all", request.revision is not None and request.every),
-    ):
-        if wrong:
+    alone = [(name, "--verify") for name in given if name != "--verify"]
+    for name, other in (*alone, *APART):
+        if name in given and other in given:
             raise ConversionError(f"{name} with {other}; expected one of them. Leave one out.")
     if request.text is not None and not request.report:
         raise ConversionError("--text: given without --report; expected both. Add --report.")

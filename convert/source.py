@@ -6,7 +6,7 @@ they lie, so no tensor is ever whole in memory.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ FULL = {
     "BF16": (16, 0x7F80), "F16": (16, 0x7C00), "F32": (32, 0x7F800000), "F8_E4M3": (8, 0x7F)
 }  # fmt: skip
 WORDS = 1 << 15  # of 8 bytes, checked at a time: they stay in the processor's cache
+OTHER_FORMS = {".gguf": "GGUF"} | dict.fromkeys((".bin", ".pt", ".pth"), "PyTorch's pickle form")
 SCALE = "_scale_inv"  # FP8's scales: `X.weight_scale_inv` beside `X.weight`
 
 
@@ -72,7 +73,6 @@ class Source:
         self.is_mlx = checkpoint.is_mlx(self.entries, folder)
         self.is_ours = DECLARATION in values
         self.left_out: dict[str, str] = {}
-        self._claimed: set[str] = set()
         self._descriptors: dict[Path, int] = {}
         self._leave_out()
 
@@ -95,6 +95,15 @@ class Source:
     def has_mtp(self) -> bool:
         return any(n.startswith("mtp.") for n in self.entries if n not in self.left_out)
 
+    @property
+    def lacking(self) -> list[str]:
+        """Parts of the model that config.json declares and no usable tensor is of."""
+        declared = {
+            "vision tower": (self.config.vision is not None, self.has_vision),
+            "MTP head": (self.config.text.mtp_num_hidden_layers > 0, self.has_mtp),
+        }
+        return [part for part, (said, there) in declared.items() if said and not there]
+
     def has(self, name: str) -> bool:
         return name in self.entries
 
@@ -103,7 +112,7 @@ class Source:
 
         Raises: ModelError when it is missing, misshapen, or of a dtype that is not read.
         """
-        entry = self._claim(name)
+        entry = self._entry(name)
         if entry.dtype in ("U32", "U8"):
             return self._packed(name, entry, shape, rows)
         if entry.shape != shape:
@@ -113,9 +122,8 @@ class Source:
             )
         columns = math.prod(shape) // rows
         if entry.dtype == "F8_E4M3":
-            return View(
-                entry, rows, columns, scales=self._fp8_scales(name, shape), block=self.block
-            )
+            scales = self._fp8_scales(name, entry)
+            return View(entry, rows, columns, scales=scales, block=self.block)
         if entry.dtype not in PLAIN:
             raise ModelError(
                 f"{entry.file}: {name} is {entry.dtype}; expected BF16, F16, F32, F8_E4M3 with "
@@ -123,17 +131,13 @@ class Source:
             )
         return View(entry, rows, columns)
 
-    def _claim(self, name: str) -> Entry:
-        entry = self.entries.get(name)
-        if entry is None:
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
             raise ModelError(
                 f"{self.where}: {name} is missing; expected all tensors of the model that "
                 "config.json describes. Download the folder again."
             )
-        if name in self._claimed:
-            raise ValueError(f"{name} is used twice")
-        self._claimed.add(name)
-        return entry
+        return self.entries[name]
 
     def _packed(self, name: str, entry: Entry, shape: tuple[int, ...], rows: int) -> View:
         stem = name.removesuffix(".weight")
@@ -145,8 +149,8 @@ class Source:
             )
         declared = quantization.of(stem) or quantization.default
         is_affine = declared.mode == "affine"
-        scales = self._claim(f"{stem}.scales")
-        biases = self._claim(f"{stem}.biases") if is_affine else None
+        scales = self._entry(f"{stem}.scales")
+        biases = self._entry(f"{stem}.biases") if is_affine else None
         where, kinds = f"{entry.file}: {name}", tuple(PLAIN) if is_affine else ("U8",)
         for part in (entry, scales, biases or scales):
             fits = len(part.shape) == len(shape) and part.shape[:-1] == shape[:-1]
@@ -160,15 +164,21 @@ class Source:
         packing = measured(where, entry.shape, scales.shape, shape[-1], declared)
         return View(entry, rows, shape[-1], packing, scales, biases)
 
-    def _fp8_scales(self, name: str, shape: tuple[int, ...]) -> Entry:
+    def _fp8_scales(self, name: str, entry: Entry) -> Entry:
+        if len(entry.shape) != 2:
+            raise ModelError(
+                f"{entry.file}: {name} is F8_E4M3 of shape {list(entry.shape)}; expected FP8 in "
+                "matrices only, each expert apart, as Qwen's FP8 folders have it. Take one of "
+                "those, or the model's BF16 folder."
+            )
         if self.block is None:
             raise ModelError(
                 f"{self.where}: {name} is F8_E4M3, and config.json declares no FP8 blocks; "
                 "expected quantization_config with weight_block_size. Download config.json again."
             )
-        scales = self._claim(name + SCALE)
+        scales = self._entry(name + SCALE)
         height, width = self.block
-        expected = (-(-shape[0] // height), -(-shape[1] // width))
+        expected = (-(-entry.shape[0] // height), -(-entry.shape[1] // width))
         if scales.shape != expected or scales.dtype not in PLAIN:
             raise ModelError(
                 f"{scales.file}: {name}{SCALE} is {scales.dtype} {list(scales.shape)}; expected "
@@ -177,21 +187,24 @@ class Source:
         return scales
 
     def _leave_out(self) -> None:
-        ours, tied = self.is_mlx and self.is_ours, self.config.tie_word_embeddings
+        foreign, tied = self.is_mlx and not self.is_ours, self.config.tie_word_embeddings
         for name in self.entries:
-            if self.is_mlx and not ours and name.startswith(FOREIGN_MTP):
+            if foreign and name.startswith(FOREIGN_MTP):
                 self.left_out[name] = "nothing in this layout declares how its norms are stored"
             elif tied and name.startswith(("lm_head.", "language_model.lm_head.")):
                 self.left_out[name] = "tied: the embedding is the output head"
 
-    def require_all_used(self) -> None:
-        """Raises: ModelError for a tensor that nothing used and nothing explains."""
-        for name in sorted(self.entries.keys() - self._claimed - self.left_out.keys()):
+    def require_all_used(self, views: Iterable[View]) -> None:
+        """Raises: ModelError for a tensor that is in none of `views` and not left out."""
+        used = {entry for view in views for entry in view.entries}
+        for name in sorted(self.entries.keys() - self.left_out.keys()):
             entry = self.entries[name]
-            raise ModelError(
-                f"{entry.file}: {name} {list(entry.shape)} belongs to no part of the model that "
-                "config.json describes; expected no such tensor. Check that both are of one model."
-            )
+            if entry not in used:
+                raise ModelError(
+                    f"{entry.file}: {name} {list(entry.shape)} belongs to no part of the model "
+                    "that config.json describes; expected no such tensor. Check that both are of "
+                    "one model."
+                )
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -284,21 +297,28 @@ def open_folder(folder: Path) -> Source:
     Raises: ModelError for what is not a Qwen3.5 folder, is damaged, or is packed in a way that is
     not read.
     """
-    values = read_values(folder)
-    return Source(folder, values, shards.entries(folder))
+    _refuse_other_forms(folder)
+    return Source(folder, read_values(folder), shards.entries(folder))
 
 
 def read_values(folder: Path) -> dict[str, Any]:
     """The folder's config.json as parsed JSON; what `config.read` says when there is none."""
     if not os.path.isfile(folder / "config.json"):
-        gguf = sorted(folder.glob("*.gguf")) if os.path.isdir(folder) else []
-        if gguf:
-            raise ModelError(
-                f"{gguf[0]}: is GGUF; expected safetensors. Take the model's original folder, "
-                "such as Qwen/Qwen3.5-9B."
-            )
         config.read(folder)  # raises, with advice
     return read_json(folder / "config.json")
+
+
+def _refuse_other_forms(folder: Path) -> None:
+    """Raises: ModelError for weights in a form that is not read, with no others beside them."""
+    files = sorted(folder.glob("*")) if os.path.isdir(folder) else []
+    if any(file.suffix == ".safetensors" for file in files):
+        return
+    for file in files:
+        if file.suffix in OTHER_FORMS:
+            raise ModelError(
+                f"{file}: is {OTHER_FORMS[file.suffix]}; expected safetensors. Take the model's "
+                "original folder, such as Qwen/Qwen3.5-9B."
+            )
 
 
 def _without_fp8(

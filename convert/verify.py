@@ -311,7 +311,7 @@ def _count_strange(data: bytes, dtype: str, bad: bytes) -> int:
     if dtype in EXPONENT:
         kind, mask = EXPONENT[dtype]
         return int(np.count_nonzero((np.frombuffer(data, kind) & mask) == mask))
-    return len(data) - len(data.translate(None, bad))
+    return len(data) - len(data.translate(None, bad)) if bad else 0
 
 
 def _bad_bytes(name: str, dtype: str, formats: Mapping[str, Format | None]) -> bytes:

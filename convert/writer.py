@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from qwen35_mlx.errors import ModelError
 from qwen35_mlx.files import read_json
@@ -66,7 +65,7 @@ class Writer:
         return main in self.finished and (not norms or kept)
 
     def put(self, target: Target, row: int, arrays: dict[str, mx.array]) -> None:
-        """Write the rows of `target` from `row` on; evaluated arrays by part.
+        """Write the rows of `target` from `row` on; arrays: their bytes by part, uint8.
 
         Raises: OSError, of which a full disk is the likely one.
         """
@@ -77,9 +76,7 @@ class Writer:
                 continue
             row_bytes = array.nbytes // array.shape[0]
             place = file.offsets[name] + row * row_bytes
-            # NumPy has no bf16; the bytes are the same.
-            raw = np.asarray(array.view(mx.uint8))
-            _write(self._descriptor(file), raw.data.cast("B"), place)
+            _write(self._descriptor(file), memoryview(array).cast("B"), place)
 
     def piece_done(self, target: Target) -> None:
         """All rows of one piece of `target` were put."""
