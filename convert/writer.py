@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from qwen35_mlx.errors import ModelError
 from qwen35_mlx.files import read_json
@@ -76,7 +77,7 @@ class Writer:
                 continue
             row_bytes = array.nbytes // array.shape[0]
             place = file.offsets[name] + row * row_bytes
-            _write(self._descriptor(file), memoryview(array).cast("B"), place)
+            _write(self._descriptor(file), np.asarray(array).data.cast("B"), place)
 
     def piece_done(self, target: Target) -> None:
         """All rows of one piece of `target` were put."""

@@ -44,10 +44,12 @@ def load(
     )
     _pack(model, arrays, config.quantization, folder)
     _compare(model, arrays, folder)
-    if not mx.metal.is_available():
-        _store_by_columns(model, arrays)
-    checkpoint.evaluate(arrays, progress)
     model.load_weights(list(arrays.items()))
+    arrays.clear()  # what is joined would otherwise stay in memory beside its parts
+    model.join()
+    if not mx.metal.is_available():
+        _store_by_columns(model)
+    checkpoint.evaluate(dict(tree_flatten(model.parameters())), progress)
     return model
 
 
@@ -57,14 +59,11 @@ def _own_dtype(config: Config) -> mx.Dtype:
     return DTYPES.get(config.dtype, mx.bfloat16)
 
 
-def _store_by_columns(model: Model, arrays: dict[str, mx.array]) -> None:
+def _store_by_columns(model: Model) -> None:
     """Same f32 matrices, other order in memory: `x @ W.T` takes half the time in MLX's CPU BLAS."""
-    for path, module in model.named_modules():
-        name = f"{path}.weight"
-        is_matrix = isinstance(module, nn.Linear | GroupedLinear)
-        if is_matrix and arrays[name].dtype == mx.float32:
-            columns = mx.contiguous(arrays[name].swapaxes(-1, -2))
-            arrays[name] = columns.swapaxes(-1, -2)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | GroupedLinear) and module.weight.dtype == mx.float32:
+            module.weight = mx.contiguous(module.weight.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def _require_memory(

@@ -35,7 +35,7 @@ class Backbone(nn.Module):
 
 
 class Model(nn.Module):
-    """Qwen3.5 as a function. Parameter names are those of the published checkpoints.
+    """Qwen3.5 as a function. Parameter names are those of the published checkpoints until `join`.
 
     has_vision, has_mtp: whether the folder holds these parts; both may be absent. dtype: of
     matrices and activations.
@@ -52,6 +52,17 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         if has_mtp:
             self.mtp = MTPHead(config.text)
+
+    def join(self) -> None:
+        """Store matrices that share an input as one; needed before the first call.
+
+        Until then parameters have the names of the published checkpoints.
+        """
+        for layer in [
+            *self.model.language_model.layers,
+            *(self.mtp.layers if self.has_mtp else []),
+        ]:
+            layer.join()
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`[B, T]` token ids -> `[B, T, hidden]`."""

@@ -7,6 +7,7 @@ from ..cache import KVState
 from ..config import TextConfig
 from ..kernels.attention import attention
 from ..kernels.fused import sigmoid_gate
+from .joined import joined
 from .norm import RMSNorm
 from .rope import Rotation
 
@@ -30,12 +31,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
+    def join(self) -> None:
+        """Store what reads the same input as one matrix; needed before the first call."""
+        self.qkv = joined(self, "q_proj", "k_proj", "v_proj")
+
     def __call__(self, x: mx.array, rotation: Rotation, state: KVState) -> mx.array:
         """x: `[B, T, hidden]`; the new keys and values are appended to `state`."""
         B, T, _ = x.shape
-        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.heads, -1), 2, axis=-1)
-        k = self.k_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(B, T, self.kv_heads, self.head_dim)
+        keys_from = 2 * self.heads * self.head_dim
+        values_from = keys_from + self.kv_heads * self.head_dim
+        q, k, v = mx.split(self.qkv(x), [keys_from, values_from], axis=-1)
+        q, gate = mx.split(q.reshape(B, T, self.heads, -1), 2, axis=-1)
+        k = k.reshape(B, T, self.kv_heads, self.head_dim)
+        v = v.reshape(B, T, self.kv_heads, self.head_dim)
         q = rotation(self.q_norm(q).swapaxes(1, 2))
         k = rotation(self.k_norm(k).swapaxes(1, 2))
         keys, values = state.append(k, v.swapaxes(1, 2))

@@ -25,9 +25,15 @@ class DecoderLayer(nn.Module):
         else:
             self.linear_attn = GatedDeltaNet(config)
         if config.num_experts:
-            self.mlp: nn.Module = SparseMLP(config)
+            self.mlp: SparseMLP | MLP = SparseMLP(config)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def join(self) -> None:
+        """Store what reads the same input as one matrix; needed before the first call."""
+        mixer = self.self_attn if "self_attn" in self else self.linear_attn
+        mixer.join()
+        self.mlp.join()
 
     def __call__(self, x: mx.array, rotation: Rotation, state: KVState | DeltaState) -> mx.array:
         """x: `[B, T, hidden]`; `state` is this layer's own and moves on by T tokens."""

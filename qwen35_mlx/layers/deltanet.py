@@ -7,6 +7,7 @@ from ..cache import DeltaState
 from ..config import TextConfig
 from ..kernels.fused import fused, silu
 from ..kernels.gated_delta import gated_delta
+from .joined import joined
 
 L2_EPS = 1e-6  # added to the sum of squares, not to their mean
 
@@ -70,21 +71,28 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(self.v_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(values, hidden, bias=False)
 
+    def join(self) -> None:
+        """Store what reads the same input as one matrix; needed before the first call."""
+        self.qkvz = joined(self, "in_proj_qkv", "in_proj_z")
+        self.ba = joined(self, "in_proj_b", "in_proj_a")
+
     def __call__(self, x: mx.array, state: DeltaState) -> mx.array:
         """x: `[B, T, hidden]`; `state` moves on by T tokens."""
         B, T, _ = x.shape
-        mixed = silu(self.conv1d(state.window(self.in_proj_qkv(x))))
+        qkv, z = mx.split(self.qkvz(x), [self.conv1d.weight.shape[-1]], axis=-1)
+        b, a = mx.split(self.ba(x), 2, axis=-1)
+        mixed = silu(self.conv1d(state.window(qkv)))
         keys = self.k_heads * self.k_dim
         q, k, v = mx.split(mixed, [keys, 2 * keys], axis=-1)
         q = _unit(q.reshape(B, T, self.k_heads, self.k_dim)) * self.k_dim**-0.5
         k = _unit(k.reshape(B, T, self.k_heads, self.k_dim))
         v = v.reshape(B, T, self.v_heads, self.v_dim)
-        beta = mx.sigmoid(self.in_proj_b(x).astype(mx.float32))
-        log_g = log_decay(self.in_proj_a(x), self.A_log, self.dt_bias)
+        beta = mx.sigmoid(b.astype(mx.float32))
+        log_g = log_decay(a, self.A_log, self.dt_bias)
         out, state.memory = gated_delta(q, k, v, log_g, beta, state.memory)
         # Nothing else waits for the states: left for last, each would hold its layer's chunk.
         out = mx.depends([out], state.arrays())[0]
-        z = self.in_proj_z(x).reshape(B, T, self.v_heads, self.v_dim)
+        z = z.reshape(B, T, self.v_heads, self.v_dim)
         return self.out_proj(self.norm(out, z).reshape(B, T, -1).astype(x.dtype))
 
 

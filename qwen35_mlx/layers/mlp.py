@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.fused import swiglu
+from .joined import joined
 
 
 class MLP(nn.Module):
@@ -15,5 +16,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
+    def join(self) -> None:
+        """Store what reads the same input as one matrix; needed before the first call."""
+        self.gate_up = joined(self, "gate_proj", "up_proj")
+
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = mx.split(self.gate_up(x), 2, axis=-1)
+        return self.down_proj(swiglu(gate, up))

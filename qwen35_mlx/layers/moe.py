@@ -77,6 +77,10 @@ class SparseMLP(nn.Module):
         self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
+    def join(self) -> None:
+        """Store what reads the same input as one matrix; needed before the first call."""
+        self.shared_expert.join()
+
     def __call__(self, x: mx.array) -> mx.array:
         rows = x.reshape(-1, x.shape[-1])
         chosen, weights = route(self.gate(rows), self.chosen_per_token)
