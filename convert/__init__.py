@@ -9,9 +9,13 @@ import os
 import signal
 import sys
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    # `python -m` imports this before `__main__`, and MLX takes a while: Ctrl-C is no traceback
-    # meanwhile. `terminal.guarded` then takes over.
+if (
+    sys.argv[:1] == ["-m"]
+    and __name__ in sys.orig_argv
+    and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+):
+    # `python -m` imports this, hence MLX, before `__main__`: Ctrl-C meanwhile is no traceback.
+    # `terminal.guarded` then takes over.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from .job import Progress, convert

@@ -2,23 +2,20 @@
 
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from qwen35_mlx import terminal
+from qwen35_mlx import hub, terminal
 from qwen35_mlx.errors import ConversionError, Qwen35Error, shown
 from qwen35_mlx.family import SIZES
 from qwen35_mlx.terminal import gigabytes, harmless_line, note
 
-from . import folder, origin, overview, published
-from .job import SPARE, Progress, convert
+from . import folder, origin, overview, place, published
+from .job import Progress, convert
 from .options import options
 from .origin import Found, Model
 from .overview import Overview
@@ -71,7 +68,7 @@ def command(ctx: click.Context, /, **values: Any) -> int:
     """
     given = tuple(
         "MODEL" if isinstance(parameter, click.Argument) else parameter.opts[-1]
-        for parameter in command.params
+        for parameter in ctx.command.params
         if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
     )
     form = ("bits", "mode", "group_size", "recipe", "vision_bits", "shard_size")
@@ -125,8 +122,6 @@ def _model(request: Request) -> Model:
 
 def _out(request: Request, model: Model) -> Path:
     """The folder to be made."""
-    from qwen35_mlx import hub
-
     if request.out is not None and not request.every:
         return Path(os.path.expanduser(request.out))
     parent = Path(os.path.expanduser(request.out)) if request.out else hub.models()
@@ -148,29 +143,9 @@ def _say_plan(request: Request) -> None:
 
 def _overview(request: Request, model: Model, out: Path) -> Overview:
     """What a conversion would need, without fetching weights."""
-    with _explained(out):
+    with place.explained(out):
         found = origin.headers(model, out, request.stream, request.revision)
-        return _assessed(model, out, found, plan(found.source, request.options))
-
-
-def _assessed(model: Model, out: Path, found: Found, planned: Plan) -> Overview:
-    from huggingface_hub import constants
-
-    from qwen35_mlx import memory
-
-    done = sum(file.stat().st_size for file in folder.partial_of(out).glob("*.safetensors"))
-    uses = [(out, "output", max(planned.output_bytes - done, 0))]
-    if found.streaming:
-        uses.insert(0, (out, "two source files", found.streaming))
-    if found.download:
-        uses.insert(0, (Path(constants.HF_HUB_CACHE), "download", found.download))
-    disks = overview.disks(uses)
-    what = f"{found.what}; {_lacking(found)}" if found.source.lacking else found.what
-    return Overview(model.name, out, what, planned, disks, memory.available(), SPARE)
-
-
-def _lacking(found: Found) -> str:
-    return f"no {' and no '.join(found.source.lacking)}, though config.json declares it"
+        return place.assessed(model, out, found, plan(found.source, request.options))
 
 
 # -- make --------------------------------------------------------------------------------------
@@ -200,7 +175,7 @@ def _make(request: Request, model: Model, out: Path, told: Told) -> int:
     begin = time.monotonic()
     told.partial = folder.partial_of(out)
     planned = None
-    with _explained(out):
+    with place.explained(out):
         if model.folder is not None:
             folder.require_apart(model.folder, out)
         if folder.is_made(out, model.name, request.options):
@@ -232,12 +207,12 @@ def _require_same_source(request: Request, model: Model, out: Path) -> None:
 
 def _convert(request: Request, model: Model, out: Path, told: Told) -> Plan:
     """Bring the source and convert it. Returns the plan that was carried out."""
-    _require_place(out)
+    place.require_writable(out)
     found = _found(request, model, out, told)
     planned = plan(found.source, request.options)
-    _require_room(_assessed(model, out, found, planned))
-    if found.source.lacking:
-        note(f"note: {model.name}: {_lacking(found)}; the new folder will have none either.")
+    place.require_room(place.assessed(model, out, found, planned))
+    if found.lacks:
+        note(f"note: {model.name}: {found.lacks}; the new folder will have none either.")
     read, written = gigabytes(planned.source_bytes), gigabytes(planned.output_bytes)
 
     def report(now: Progress) -> None:
@@ -272,8 +247,6 @@ def _found(request: Request, model: Model, out: Path, told: Told) -> Found:
 
 def _downloaded(request: Request, model: Model, out: Path, told: Told) -> Path:
     """The folder in the Hugging Face cache, after what is missing of it was fetched."""
-    from qwen35_mlx import hub
-
     if request.revision is not None:
         raise ConversionError(
             f"--revision: {request.revision} of {model.name} is not in the Hugging Face cache; "
@@ -285,45 +258,11 @@ def _downloaded(request: Request, model: Model, out: Path, told: Told) -> Path:
     if model.size is not None:
         source = published.source(model.size)
         found = Found(source, "published shapes", download=choice.bytes)
-        _require_room(_assessed(model, out, found, plan(source, request.options)))
+        place.require_room(place.assessed(model, out, found, plan(source, request.options)))
     figures = f"{gigabytes(choice.bytes)} to download, {gigabytes(choice.free)} free"
     told.enter("download", f"{choice.repo}, {figures} in {choice.cache}", always=True)
     with terminal.leaving_at_once(quiet=False):
         return hub.download(choice, lambda d, t: told.stage.report("download", d, t))
-
-
-def _require_room(needs: Overview) -> None:
-    """Raises: ConversionError before anything is begun that this machine cannot end."""
-    needed = sum(disk.needed for disk in needs.disks)
-    if needs.obstacles:
-        raise ConversionError(
-            f"{shown(needs.out)}: {'; '.join(needs.obstacles)}, of {needed:,} bytes that are to be "
-            "written. Free some, choose another --out, or see what --plan says."
-        )
-
-
-def _require_place(out: Path) -> None:
-    """Raises: ConversionError before anything is fetched for a folder that cannot be made."""
-    above = next(path for path in folder.partial_of(out).parents if os.path.exists(path))
-    try:
-        tempfile.TemporaryDirectory(dir=above).cleanup()
-    except OSError as error:
-        raise ConversionError(
-            f"{shown(out)}: nothing can be made in {shown(above)} ({error.strerror}); expected a "
-            "folder that can be written. Choose another --out."
-        ) from None
-
-
-@contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """What the file system refuses, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ConversionError(
-            f"{shown(error.filename or out)}: {error.strerror or error}; expected a folder that "
-            "can be written. Mend that, or choose another --out."
-        ) from None
 
 
 # -- check and report --------------------------------------------------------------------------

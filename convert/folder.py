@@ -14,9 +14,12 @@ from typing import Any
 from qwen35_mlx import __version__
 from qwen35_mlx.errors import ConversionError, ModelError, shown
 from qwen35_mlx.files import read_json
+from qwen35_mlx.image import ImageProcessor
 from qwen35_mlx.packing import Format
 from qwen35_mlx.shards import DECLARATION, FORMAT, INDEX, declared_sidecars
 from qwen35_mlx.template import Template
+from qwen35_mlx.tokenizer import Tokenizer
+from qwen35_mlx.video import VideoProcessor
 
 from .options import Options
 from .plan import Plan
@@ -78,8 +81,9 @@ def is_made(out: Path, name: str, options: Options) -> bool:
         ours = False
     if not ours or not (out / MANIFEST).is_file():
         raise ConversionError(
-            f"{shown(out)}: exists and was not made by this program; expected a new folder. "
-            "Choose another --out."
+            f"{shown(out)}: exists and was not made by this program's converter; expected a new "
+            "folder, or one with its config.json and manifest.json. Choose another --out, or move "
+            "it away."
         )
     made = _sound(out / "config.json", read_json(out / "config.json")[DECLARATION])
     if made["options"] != options.as_json() or made["source"].get("name") != name:
@@ -131,14 +135,15 @@ def require_apart(source: Path, out: Path) -> None:
 
 
 def require_small_files(folder: Path) -> None:
-    """Raises: ModelError when a chat would lack its tokenizer or template."""
+    """Raises: ModelError when a chat would lack its tokenizer or template, or one is damaged."""
     for name in NEEDED:
         if not (folder / name).is_file():
             raise ModelError(
                 f"{shown(folder)}: no {name}; a converted folder without it would not run. "
                 "Copy it from the model's repository."
             )
-    Template.read(folder)
+    for small in (Template, Tokenizer, ImageProcessor, VideoProcessor):
+        small.read(folder)
 
 
 @contextmanager

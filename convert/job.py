@@ -257,5 +257,5 @@ def _explained(partial: Path) -> Iterator[None]:
             ) from None
         raise ConversionError(
             f"{shown(partial)}: {error.strerror or error}; expected to write there. Mend that and "
-            "run the same command: it goes on from the finished files."
+            "run the same command: it goes on from what is finished, if anything is."
         ) from None

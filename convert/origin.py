@@ -43,6 +43,12 @@ class Found:
     supply: Supply | None = None
     streaming: int = 0
 
+    @property
+    def lacks(self) -> str:
+        """What config.json declares and the source does not give, for people; may be empty."""
+        parts = self.source.lacking
+        return f"no {' and no '.join(parts)}, which config.json declares" if parts else ""
+
 
 def model_of(given: str) -> Model:
     """A folder where there is one, else the repository of a size, else one named on the Hub.

@@ -11,10 +11,10 @@ from .options import Options
 
 REVISION = re.compile(r"\w[\w.-]{0,99}(/\w[\w.-]{0,99})*", re.ASCII)
 APART = (
-    ("MODEL", "--all"),
-    ("--report", "--plan"),
-    ("--report", "--stream"),
-    ("--revision", "--all"),
+    ("MODEL", "--all", ""),
+    ("--report", "--plan", ""),
+    ("--report", "--stream", ", which keeps no source"),
+    ("--revision", "--all", ""),
 )
 
 
@@ -45,10 +45,10 @@ def require_sense(request: Request) -> None:
         raise ConversionError(
             "MODEL: none given; expected a Hub id, a size such as 4b, or a folder. Name one."
         )
-    alone = [(name, "--verify") for name in given if name != "--verify"]
-    for name, other in (*alone, *APART):
+    alone = [(name, "--verify", "") for name in given if name != "--verify"]
+    for name, other, why in (*alone, *APART):
         if name in given and other in given:
-            raise ConversionError(f"{name} with {other}; expected one of them. Leave one out.")
+            raise ConversionError(f"{name} with {other}{why}; expected one of them. Leave one out.")
     if request.text is not None and not request.report:
         raise ConversionError("--text: given without --report; expected both. Add --report.")
     if request.text is not None:

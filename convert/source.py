@@ -71,7 +71,6 @@ class Source:
         self.config = config.parse(plain, f"{self.where}: config.json")
         self.entries = dict(entries)
         self.is_mlx = checkpoint.is_mlx(self.entries, folder)
-        self.is_ours = DECLARATION in values
         self.left_out: dict[str, str] = {}
         self._descriptors: dict[Path, int] = {}
         self._leave_out()
@@ -187,7 +186,8 @@ class Source:
         return scales
 
     def _leave_out(self) -> None:
-        foreign, tied = self.is_mlx and not self.is_ours, self.config.tie_word_embeddings
+        foreign = self.is_mlx and DECLARATION not in self.values
+        tied = self.config.tie_word_embeddings
         for name in self.entries:
             if foreign and name.startswith(FOREIGN_MTP):
                 self.left_out[name] = "nothing in this layout declares how its norms are stored"

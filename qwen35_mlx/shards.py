@@ -131,7 +131,8 @@ def _weight_map(index: Path, is_there: Callable[[str], bool]) -> dict[str, str]:
         plain = isinstance(name, str) and PLAIN_NAME.fullmatch(name)
         if not plain:
             raise ModelError(
-                f"{index}: {tensor} lies in {name!r}; expected a .safetensors file of this folder."
+                f"{index}: {tensor} lies in {name!r}; expected a .safetensors file of this folder. "
+                "Download the index again."
             )
         if not is_there(name):
             raise ModelError(

@@ -27,9 +27,10 @@ from qwen35_mlx.shards import Entry
 ITEM = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "U32": 4}
 SIZES = pytest.mark.parametrize("size", family.SIZES, ids=lambda size: size.name)
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+DEMO = Path(__file__).parents[1] / "examples" / "demo-model"
 # What a model's repository has beside the weights; the converter copies all but the last.
 FILES = {
-    "tokenizer.json": '{"version": "1.0", "model": {"vocab": {"a": 0}}}',
+    "tokenizer.json": (DEMO / "tokenizer.json").read_text("utf-8"),
     "tokenizer_config.json": json.dumps({"chat_template": TEMPLATE}),
     "vocab.json": '{"a": 0}',
     "merges.txt": "#version: 0.2",

@@ -52,8 +52,8 @@ ALLOWED: dict[str, str] = {
     "model memory loader engine hub",
     "__init__": "errors prompt parse sampling api",
     "terminal": "errors parse",
-    "convert": "errors files packing config shards checkpoint template prompt tokenizer family "
-    "cache layers model memory engine hub api __init__ terminal",
+    "convert": "errors files packing config shards checkpoint image video template prompt "
+    "tokenizer family cache layers model memory engine hub api __init__ terminal",
     "generate": "__init__ errors family memory loader hub sampling api terminal",
     "__main__": "__init__",
 }

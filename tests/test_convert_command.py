@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qwen35_mlx.convert import command, job, overview, published
+from qwen35_mlx.convert import command, overview, published
 
 import tiny_shapes
-from converting import digests
+from converting import DEMO, digests, read_file, write_file
 from hub_server import SHA, FakeHub, serving
 from qwen35_mlx import convert, family
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "examples" / "demo-model"
 REPO, SMALLEST = "someone/demo", "Qwen/Qwen3.5-0.8B"
+NEXT_SHA = "fedcba9876543210fedcba9876543210fedcba98"
 
 
 @dataclass
@@ -161,6 +161,29 @@ def test_report_compares_the_folder_with_its_source(run: Run, made: Path, tmp_pa
     assert re.search(r"^KL divergence +[0-9.]+ nats", out, re.M)
 
 
+@pytest.mark.parametrize(
+    ("prefixes", "missing"),
+    [
+        (("model.visual.",), "no vision tower"),
+        (("mtp.",), "no MTP head"),
+        (("model.visual.", "mtp."), "no vision tower and no MTP head"),
+    ],
+)
+def test_a_source_without_parts_that_it_declares_is_converted_with_a_note(
+    run: Run, tmp_path: Path, prefixes: tuple[str, ...], missing: str
+) -> None:
+    source = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    stored = read_file(source / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(prefixes)}
+    write_file(source / "model.safetensors", kept)
+    out, lines = run.fine(source, "-o", tmp_path / "x", "--plan")
+    assert f"MB (local folder; {missing}, which config.json declares)\n" in out and not lines
+    _, lines = run.fine(source, "-o", tmp_path / "x")
+    said = f"note: model: {missing}, which config.json declares; the new folder will have none"
+    assert [line for line in lines if line.startswith(said)] == lines[:1]
+    assert convert.open_folder(tmp_path / "x").lacking == convert.open_folder(source).lacking
+
+
 # -- mistakes ----------------------------------------------------------------------------------
 
 
@@ -172,6 +195,11 @@ def test_report_compares_the_folder_with_its_source(run: Run, made: Path, tmp_pa
         (["4b", "--verify", "x"], "MODEL with --verify; expected one of them."),
         (["--all", "--verify", "x"], "--all with --verify; expected one of them."),
         (["--verify", "x", "--plan"], "--plan with --verify; expected one of them."),
+        (["--verify", "x", "-b", "4"], "--bits with --verify; expected one of them."),
+        (["--verify", "x", "-o", "y"], "--out with --verify; expected one of them."),
+        (["--verify", "x", "--stream"], "--stream with --verify; expected one of them."),
+        (["--verify", "x", "--mode=affine"], "--mode with --verify; expected one of them."),
+        (["--verify", "x", "--text", "y"], "--text with --verify; expected one of them."),
         (["--all", "--revision", SHA], "--revision with --all; expected one of them."),
         (["4b", "--report", "--stream"], "--report with --stream, which keeps no source;"),
         (["4b", "--report", "--plan"], "--report with --plan; expected one of them."),
@@ -194,9 +222,9 @@ def test_report_compares_the_folder_with_its_source(run: Run, made: Path, tmp_pa
         (["4b", "--revision", "\u00fc"], "--revision: \u00fc; expected a commit"),
         ([str(DEMO), "--revision", SHA], "--revision: given with "),
         ([str(DEMO), "--out", str(DEMO)], f"{overview.shown(DEMO)}: is the source, or lies inside"),
-        ([str(DEMO), "--out", "file"], "file: exists and was not made by this program;"),
-        ([str(DEMO), "--out", "file/x"], "file"),
-        ([str(DEMO), "--out", "other"], "other: exists and was not made by this program;"),
+        ([str(DEMO), "--out", "file"], "file: exists and was not made by this program"),
+        ([str(DEMO), "--out", "file/x"], "file/x: nothing can be made in /"),
+        ([str(DEMO), "--out", "other"], "other: exists and was not made by this program"),
         ([str(DEMO), "--out", "y" * 300], "yyy"),
         ([str(DEMO), "--plan", "--out", "y" * 300], "yyy"),
         (["--verify", "other"], "other: was not made by this program's converter;"),
@@ -230,7 +258,7 @@ def test_a_folder_made_or_begun_otherwise_is_refused_and_stays(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(job, "_convert_rows", stop)
+        patched.setattr(convert.Source, "rows", stop)
         assert run(DEMO, "-o", tmp_path / "x")[0] == 130
     before = digests(tmp_path / "x.partial")
     code, _, err = run(DEMO, "-o", tmp_path / "x", "--bits", "8")
@@ -304,7 +332,7 @@ def test_a_size_is_planned_without_network_or_files(
         r"  source +19\.3 GB \(published shapes\)",
         r"  output +6\.3 GB in 4 files",
         r"  bits per weight 5\.22",
-        r"  peak memory +468\.4 MB; [0-9.,]+ GB free",
+        r"  peak memory +[0-9.]+ MB; [0-9.,]+ GB free",
         r"  peak disk +25\.6 GB \(download 19\.3 GB \+ output 6\.3 GB\); .* free at .*",
         r"  visual\.blocks\.\*\.mlp\.linear_fc2 \(27 matrices, 4,304 columns\)",
         r"  feed-forward +4 bits, group 64 +51\.6 %  most bytes of a dense model.*",
@@ -389,6 +417,33 @@ def test_another_commit_needs_streaming(run: Run, fake: FakeHub, tmp_path: Path)
     assert below(tmp_path) == []
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_fetched(
+    run: Run, fake: FakeHub, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for way in ([], ["--stream"]):
+        code, _, err = run(REPO, "--out", tmp_path / "file" / "x" / "y", *way)
+        assert (code, err.count("\n")) == (2, 1) and "y: nothing can be made in /" in err
+    assert fake.asked == [] and below(tmp_path) == ["file"]
+
+
+def test_a_finished_folder_of_another_commit_is_refused(
+    run: Run, fake: FakeHub, tmp_path: Path
+) -> None:
+    """Streaming leaves nothing in the cache that the folder could be compared with."""
+    stream = (REPO, "--stream", "--out", tmp_path / "x")
+    run.fine(*stream)
+    fake.asked.clear()
+    _, lines = run.fine(*stream, "--revision", SHA)
+    assert lines[-1].startswith("complete already, and verified: ") and fake.asked == []
+    run.fine(*stream, "--revision", "main")
+    fake.move(REPO, NEXT_SHA, fake.repos[REPO])
+    for given in (NEXT_SHA, "main"):
+        code, _, err = run(*stream, "--revision", given)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"x: was made from another {REPO} at {SHA} than this one" in err
+
+
 def test_all_goes_on_after_a_failure_and_skips_what_is_done(
     run: Run, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +463,15 @@ def test_all_goes_on_after_a_failure_and_skips_what_is_done(
     skipped = [line for line in lines if line.startswith("complete already, and verified: ")]
     assert len(skipped) == 2 and "0.8B" in skipped[0] and "-4B-" in skipped[1]
     assert fake.asked and all("Qwen3.5-2B" in path for path in fake.asked)
+    # A folder that fails its verification gives the code that it gives alone.
+    damaged = tmp_path / "all" / "Qwen3.5-0.8B-4bit" / "tokenizer.json"
+    damaged.write_text(damaged.read_text() + " ")
+    (tmp_path / "all" / "Qwen3.5-2B-4bit" / "config.json").unlink()
+    code, out, err = run("--all", "--out", tmp_path / "all")
+    assert code == 1 and out == "tokenizer.json: is not as it was written; its sha256 differs\n"
+    failed = [line for line in err.splitlines() if line.startswith("failed")]
+    assert failed[0] == "failed: 0.8B: verification found problems; see above"
+    assert len(failed) == 2 and failed[1].startswith("failed: 2B: ")
 
 
 # -- terminals and signals: real processes -----------------------------------------------------
@@ -415,13 +479,13 @@ def test_all_goes_on_after_a_failure_and_skips_what_is_done(
 # Every tensor takes a while, as if there were gigabytes of them.
 SLOW = """
 import signal, sys, time
-from qwen35_mlx.convert import command, job
+from qwen35_mlx.convert import Source, command
 signal.signal(signal.SIGINT, signal.default_int_handler)
-real = job._convert_rows
+real = Source.rows
 def slowly(*args):
     time.sleep(0.01)
-    real(*args)
-job._convert_rows = slowly
+    return real(*args)
+Source.rows = slowly
 command.main(sys.argv[1:])
 """
 
@@ -495,27 +559,28 @@ def test_a_terminal_gets_one_bar_with_tensors_bytes_and_speed(tmp_path: Path) ->
     assert "planning:" not in text and "verifying:" not in text
 
 
-# The first import of ours that takes a while, and the first of each way to start.
+# Python imports a module of this name before anything else.
 INTERRUPTED_IMPORT = """
-import os, runpy, signal, sys
+import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-module, at, *sys.argv[1:] = sys.argv[1:]
 class Finder:
     def find_spec(name, *_):
-        if name == at:
+        if name == os.environ["INTERRUPTED"]:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder)
-runpy.run_module(module, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    "argv", [("qwen35_mlx", "mlx", "convert", "-h"), ("qwen35_mlx.convert", "click", "-h")]
-)
-def test_ctrl_c_during_the_imports_is_no_traceback(argv: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("argv", [("qwen35_mlx", "convert", "-h"), ("qwen35_mlx.convert", "-h")])
+@pytest.mark.parametrize("module", ["mlx", "click"])
+def test_ctrl_c_during_the_imports_is_no_traceback(
+    argv: tuple[str, ...], module: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IMPORT)
+    paths = os.pathsep.join((str(tmp_path), environment()["PYTHONPATH"]))
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_IMPORT, *argv],
-        env=environment(),
+        [sys.executable, "-m", *argv],
+        env=environment() | {"PYTHONPATH": paths, "INTERRUPTED": module},
         capture_output=True,
         text=True,
         timeout=120,

@@ -33,6 +33,27 @@ def test_a_source_without_tokenizer_or_template_is_refused_before_anything_is_wr
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("tokenizer.json", "{}", "expected a tokenizer of the tokenizers library"),
+        ("tokenizer_config.json", "{", "expected JSON"),
+        ("chat_template.jinja", "{% if %}", "line 1: .* a jinja2 chat template was expected"),
+        ("preprocessor_config.json", '{"patch_size": 0}', "patch_size"),
+        ("preprocessor_config.json", "[]", "expected an object"),
+        ("video_preprocessor_config.json", '{"fps": -1}', "fps is -1"),
+    ],
+)
+def test_a_damaged_small_file_is_refused_before_anything_is_written(
+    name: str, content: str, named: str, plain: Path, tmp_path: Path
+) -> None:
+    (plain / name).write_text(content)
+    with pytest.raises(ModelError, match=f"{name}: .*{named}") as raised:
+        converted(plain, tmp_path / "out", bits=4)
+    assert len(str(raised.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def foreign(out: Path, source: Path) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from qwen35_mlx.convert import convert, open_folder, options
 
@@ -46,10 +47,28 @@ def test_other_packings_are_refused_with_one_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "qwen3.5-9b-q4_k_m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="q4_k_m.gguf: is GGUF; expected safetensors"):
-        open_folder(tmp_path)
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("qwen3.5-9b-q4_k_m.gguf", "GGUF"),
+        ("pytorch_model.bin", "PyTorch's pickle form"),
+        ("pytorch_model-00001-of-00002.bin", "PyTorch's pickle form"),
+        ("consolidated.00.pth", "PyTorch's pickle form"),
+        ("weights.pt", "PyTorch's pickle form"),
+    ],
+)
+def test_other_forms_of_weights_are_refused_by_name(
+    name: str, named: str, with_config: bool, tmp_path: Path
+) -> None:
+    source = converting.write_source(tmp_path / "source")
+    (source / name).write_bytes(b"weights")
+    open_folder(source)  # beside safetensors they are of no matter
+    (source / "model.safetensors").unlink()
+    if not with_config:
+        (source / "config.json").unlink()
+    with pytest.raises(ModelError, match=f"{name}: is {named}; expected safetensors. Take the"):
+        open_folder(source)
 
 
 def bare_fp8(stored: dict[str, Raw]) -> None:
@@ -85,6 +104,24 @@ def test_a_kind_of_number_that_is_not_read_is_refused(
     converting.write_file(source / "model.safetensors", stored)
     with pytest.raises(ModelError, match=named):
         converted(source, tmp_path / "out", group_size=32)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.2.mlp.experts.gate_up_proj"])
+def test_fp8_of_other_axes_than_two_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    source = converting.write_source(tmp_path / "source", "moe")
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    change_json(source / "config.json", lambda v: v.update(quantization_config=block))
+    stored = read_file(source / "model.safetensors")
+    name = f"model.language_model.{name}"
+    shape = stored[name].shape
+    scales = (*shape[:-2], *(-(-count // 128) for count in shape[-2:]))
+    stored[name] = Raw("F8_E4M3", shape, stored[name].data[::2])
+    stored[f"{name}_scale_inv"] = converting.raw(np.ones(scales, np.float32), "F32")
+    converting.write_file(source / "model.safetensors", stored)
+    said = f"{name} is F8_E4M3 of shape .*; expected FP8 in matrices only, each expert apart"
+    with pytest.raises(ModelError, match=said) as raised:
+        converted(source, tmp_path / "out")
+    assert str(list(shape)) in str(raised.value)
 
 
 MODULE = "language_model.model.layers.3.self_attn.o_proj"
@@ -194,7 +231,8 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(name: Any, tmp_path: P
     (tmp_path / "secret.safetensors").write_bytes(b"x")
     index = source / "model.safetensors.index.json"
     change_json(index, lambda v: v["weight_map"].update({"lm_head.weight": name}))
-    with pytest.raises(ModelError, match="expected a .safetensors file of this folder"):
+    said = "expected a .safetensors file of this folder. Download the index again.$"
+    with pytest.raises(ModelError, match=said):
         converted(source, tmp_path / "out")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from qwen35_mlx.convert import job
+from qwen35_mlx.convert import job, open_folder, options, plan
 from qwen35_mlx.convert.layout import Piece, Target
 
 import converting
@@ -105,6 +105,28 @@ def test_a_folder_of_the_language_model_alone_gives_its_part(tmp_path: Path) -> 
     expected = main_tensors(converted(whole, tmp_path / "expected", **given))
     part = {n: tensor for n, tensor in expected.items() if not n.startswith("vision_tower.")}
     assert len(part) < len(expected) and differing(found, part) == []
+    assert open_folder(source).lacking == open_folder(whole).lacking == []
+
+
+def test_a_part_that_is_declared_and_not_there_is_named(tmp_path: Path) -> None:
+    source = converting.write_source(tmp_path / "source", "moe", layout="mlx")
+    assert open_folder(source).lacking == ["MTP head"]
+    stored = read_file(source / "model.safetensors")
+    (source / "model.safetensors.index.json").unlink()
+    foreign = {"language_model.mtp.norm.weight": stored["language_model.model.norm.weight"]}
+    text = {name: tensor for name, tensor in stored.items() if not name.startswith("vision_tower.")}
+    converting.write_file(source / "model.safetensors", text | foreign)
+    assert open_folder(source).lacking == ["vision tower", "MTP head"]
+    values = json.loads((source / "config.json").read_text())
+    del values["vision_config"], values["text_config"]["mtp_num_hidden_layers"]
+    (source / "config.json").write_text(json.dumps(values))
+    assert open_folder(source).lacking == []
+
+
+def test_a_source_may_be_planned_more_than_once(tmp_path: Path) -> None:
+    source = open_folder(converting.write_source(tmp_path / "source", "moe", experts_fused=False))
+    first, other, again = (plan(source, options(bits)) for bits in (4, 16, 4))
+    assert first == again != other
 
 
 @pytest.mark.parametrize("name", ["dense_tied", "moe_untied"])
