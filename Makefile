@@ -5,6 +5,8 @@
 # make bench-peers  speed and memory beside mlx-lm and mlx-vlm, on random weights
 # make bench-cold   from the start of the process to the first token, beside mlx-lm
 # make bench-convert  conversions: time and memory beside the peers, 397B's widths, same logits, demo
+# make bench-kernels  bytes, lines and barriers of every Metal kernel, executed on the CPU
+# make bench-launches  launches per decoded token beside mlx-lm and mlx-vlm
 # make bench-demo   how often the demonstration model is right
 # Everything is installed into .venv (goldens, bench: .venv-goldens, .venv-bench), once, and again
 # when pyproject.toml changes. Another Python: make PYTHON=/path/to/python3.12 demo
@@ -23,11 +25,12 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-.PHONY: help demo test test-all lint goldens bench-peers bench-cold bench-demo bench-convert clean
+.PHONY: help demo test test-all lint goldens bench-peers bench-cold bench-demo bench-convert bench-kernels \
+	bench-launches clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -10
+	@sed -n 's/^# //p' Makefile | head -12
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m qwen35_mlx.generate --model examples/demo-model \
@@ -62,6 +65,12 @@ bench-convert: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/conversion_memory.py
 	$(BENCH)/bin/python benchmarks/same_logits.py
 	$(BENCH)/bin/python benchmarks/converted_accuracy.py
+
+bench-kernels: $(VENV)/.installed-test
+	$(VENV)/bin/python benchmarks/kernel_traffic.py
+
+bench-launches: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/launches_beside_peers.py $(ARGS)
 
 bench-demo: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/demo_accuracy.py $(ARGS)

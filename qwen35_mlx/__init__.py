@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .api import Finish, Progress, Qwen35, Result, Usage, load
     from .errors import Cancelled, InputError, ModelError, OutOfMemory, Qwen35Error
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from .prompt import Prompt
     from .sampling import Sampling
 
-__version__ = "0.1.0"
 __all__ = [
     "Cancelled",
     "Finish",

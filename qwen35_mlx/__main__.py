@@ -10,6 +10,8 @@ from . import __version__
 COMMANDS = {
     "generate": ("qwen35_mlx.generate", "Ask one question, with pictures and videos."),
     "convert": ("qwen35_mlx.convert.command", "Make a 3- to 16-bit folder for MLX of a model."),
+    "doctor": ("qwen35_mlx.doctor", "Check and time the Metal kernels on this Mac's GPU."),
+    "bench": ("qwen35_mlx.bench", "Count what a token costs a GPU; needs none."),
 }
 
 

@@ -28,14 +28,17 @@ from .video import VideoProcessor
 MAX_TOKENS = 32768  # the output budget the model cards advise
 SHORTEN = "Shorten it, lower max_tokens, or use a smaller size."
 Messages = str | Sequence[dict[str, Any]]
+Stage = Literal["kernels", "load", "prompt"]
 Reason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Something long is under way. `stage` is `load` (bytes) or `prompt` (tokens)."""
+    """Something long is under way. `stage` is `kernels` (the first load on a Mac tries them, for
+    seconds), `load` (bytes) or `prompt` (tokens).
+    """
 
-    stage: Literal["load", "prompt"]
+    stage: Stage
     done: int
     total: int
 
@@ -355,18 +358,17 @@ def load(
 ) -> Qwen35:
     """Load a model: a local folder, a Hub id (downloaded once), or a size such as `4b`.
 
-    dtype: of matrices and activations; the folder's own when None. progress: called as bytes of
-    weights arrive in memory.
+    dtype: of matrices and activations; the folder's own when None. progress: called as kernels
+    are tried, if they have to be, and as bytes of weights arrive in memory.
     Raises: ModelError for a folder that is not a whole Qwen3.5; OutOfMemory before reading.
     """
     folder = _folder(path)
     config = configuration.read(folder)
-    return Qwen35(folder, config, loader.load(folder, config, dtype, _staged("load", progress)))
+    stages = _staged("load", progress), _staged("kernels", progress)
+    return Qwen35(folder, config, loader.load(folder, config, dtype, *stages))
 
 
-def _staged(
-    stage: Literal["load", "prompt"], progress: ProgressCallback | None
-) -> Callable[[int, int], None] | None:
+def _staged(stage: Stage, progress: ProgressCallback | None) -> Callable[[int, int], None] | None:
     if progress is None:
         return None
     return lambda done, total: progress(Progress(stage, done, total))

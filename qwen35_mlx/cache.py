@@ -10,7 +10,7 @@ GROWTH = 256  # tokens; a buffer grows by at least this and by an eighth, so cop
 
 
 class KVState:
-    """Keys and values of one attention layer, `[B, Hk, S, D]`, append-only.
+    """Keys and values of one attention layer, `[2, B, Hk, S, D]`, append-only.
 
     capacity: tokens that are known to come; room for them is made at once.
     """
@@ -18,31 +18,29 @@ class KVState:
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
         self.length = 0
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self.buffer: mx.array | None = None
 
-    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Add `[B, Hk, T, D]`; returns all keys and values so far."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys = self._with_room(self.keys, k, start)
-        self.values = self._with_room(self.values, v, start)
-        self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def append(self, kv: mx.array) -> tuple[mx.array, mx.array]:
+        """Add keys and values `[2, B, Hk, T, D]`; returns all keys and all values so far."""
+        start, self.length = self.length, self.length + kv.shape[3]
+        self.buffer = self._with_room(kv, start)
+        self.buffer[:, :, :, start : self.length] = kv
+        return self.buffer[0, :, :, : self.length], self.buffer[1, :, :, : self.length]
 
-    def _with_room(self, old: mx.array | None, fresh: mx.array, used: int) -> mx.array:
-        """`old`, or a larger buffer that begins with it, of `fresh`'s shape and type."""
-        if old is not None and self.length <= old.shape[2]:
+    def _with_room(self, fresh: mx.array, used: int) -> mx.array:
+        """The buffer, or a larger one that begins with it, of `fresh`'s shape and type."""
+        old = self.buffer
+        if old is not None and self.length <= old.shape[3]:
             return old
-        B, H, _, D = fresh.shape
         wanted = max(self.capacity, self.length + max(GROWTH, self.length // 8) * (used > 0))
-        grown = mx.zeros((B, H, -(-wanted // GROWTH) * GROWTH, D), fresh.dtype)
+        *outer, _, D = fresh.shape
+        grown = mx.zeros((*outer, -(-wanted // GROWTH) * GROWTH, D), fresh.dtype)
         if old is not None:
-            grown[:, :, :used] = old[:, :, :used]
+            grown[:, :, :, :used] = old[:, :, :, :used]
         return grown
 
     def arrays(self) -> list[mx.array]:
-        return [a for a in (self.keys, self.values) if a is not None]
+        return [] if self.buffer is None else [self.buffer]
 
 
 class DeltaState:
@@ -53,18 +51,21 @@ class DeltaState:
     """
 
     def __init__(self, config: TextConfig) -> None:
-        self.taps = config.linear_conv_kernel_dim
+        self._conv_shape = config.linear_conv_kernel_dim - 1, config.conv_dim
+        self._memory_shape = (
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
         self.conv: mx.array | None = None
         self.memory: mx.array | None = None
 
-    def window(self, u: mx.array) -> mx.array:
-        """The last inputs followed by `u [B, T, conv_dim]`; remembers its last ones."""
-        if self.conv is None:
-            self.conv = mx.zeros((u.shape[0], self.taps - 1, u.shape[2]), u.dtype)
-        window = mx.concatenate([self.conv, u], axis=1)
-        # A copy: a slice would keep the whole prompt's window alive.
-        self.conv = mx.contiguous(window[:, -(self.taps - 1) :])
-        return window
+    def begun(self, B: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """`conv` and `memory`; zeros before the first token."""
+        if self.conv is None or self.memory is None:
+            self.conv = mx.zeros((B, *self._conv_shape), dtype)
+            self.memory = mx.zeros((B, *self._memory_shape))
+        return self.conv, self.memory
 
     def arrays(self) -> list[mx.array]:
         return [a for a in (self.conv, self.memory) if a is not None]

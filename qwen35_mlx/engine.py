@@ -57,7 +57,7 @@ def read_prompt(
         first, last = np.searchsorted(rows, (start, stop))
         if last > first:
             x[0, mx.array(rows[first:last] - start)] = features[first:last].astype(x.dtype)
-        hidden = model(x, mx.array(prompt.positions[:, None, start:stop]), cache)
+        hidden = model(x, prompt.positions[:, None, start:stop], cache)
         wanted = hidden[:, max(0, T - keep - start) :]
         mx.eval(wanted, *cache.arrays())
         if wanted.shape[1]:
@@ -109,7 +109,7 @@ def generate(
         _check(cancel)
         following = None
         if n + 1 < max_tokens:
-            position = mx.full((3, 1, 1), cache.length + prompt.delta, dtype=mx.int32)
+            position = np.full((3, 1, 1), cache.length + prompt.delta, np.int32)
             hidden = model(model.embed(token[:, None]), position, cache)
             following = sampler(model.logits(hidden[:, -1]))
             # The states too: they are no part of the token's own graph, and would stay lazy.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from .errors import ModelError, one_line
 
 JSON_BYTES = 64 << 20  # a tokenizer's configuration with its template stays far below
 LARGEST = 1 << 24  # of a size or id: the family's largest are its 248,320 tokens
+
+
+def home() -> Path:
+    """This program's own folder: `$QWEN35_HOME`, or one below the user's caches."""
+    return Path(os.path.expanduser(os.environ.get("QWEN35_HOME") or "~/.cache/qwen35_mlx"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import config, family, shards
 from .errors import ModelError, Qwen35Error, one_line
+from .files import home
 from .template import Template
 
 # What a model folder holds; never code, pickles or GGUF. Sub-folders hold other formats.
@@ -110,8 +111,7 @@ def download(choice: Choice, progress: Callable[[int, int], None] | None = None)
 
 def models() -> Path:
     """Folder of the conversions made on this machine: `$QWEN35_HOME/models`."""
-    home = os.environ.get("QWEN35_HOME") or "~/.cache/qwen35_mlx"
-    return Path(os.path.expanduser(home)) / "models"
+    return home() / "models"
 
 
 def is_complete(folder: Path) -> bool:

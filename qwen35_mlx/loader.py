@@ -7,9 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import checkpoint, family, memory, shards
+from . import checkpoint, choice, family, memory, shards, trials
 from .config import Config
 from .errors import InputError, ModelError
+from .layers import matrix
 from .layers.moe import GroupedLinear
 from .model import Model
 from .packing import Format, Quantization, measured
@@ -22,11 +23,12 @@ def load(
     config: Config,
     dtype: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trying: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Read, check and evaluate every weight of `folder`.
+    """Read, check and evaluate every weight of `folder`; on a GPU, choose the kernels to be used.
 
     dtype: of matrices and activations. None: the folder's own, or f32 for a packed folder without
-    a GPU. progress: bytes done, in all.
+    a GPU. progress: bytes done, in all. trying: kernels tried, in all, if they have to be.
     Raises: InputError for another dtype; ModelError naming a missing, extra or misshapen tensor;
     OutOfMemory before reading.
     """
@@ -45,6 +47,8 @@ def load(
     _pack(model, arrays, config.quantization, folder)
     _compare(model, arrays, folder)
     model.load_weights(list(arrays.items()))
+    # Before the weights fill the memory.
+    choice.use(trials.shapes_of(config, _formats(model), dtype), trying)
     arrays.clear()  # what is joined would otherwise stay in memory beside its parts
     model.join()
     if not mx.metal.is_available():
@@ -101,6 +105,14 @@ def _pack(
         declared = formats.get(path) or packing.default
         found = _measured(arrays, path, module.weight.shape[-1], declared, folder)
         _replace(model, path, module, found)
+
+
+def _formats(model: Model) -> dict[str, Format | None]:
+    """How the matrices are packed, by path of the module; before `Model.join`."""
+    return {
+        path: module.packing if isinstance(module, GroupedLinear) else matrix.packing(module)
+        for path, module in model.named_modules()
+    }
 
 
 def _by_our_names(packing: Quantization | None) -> dict[str, Format | None]:

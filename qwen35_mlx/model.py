@@ -6,7 +6,9 @@ import numpy as np
 
 from .cache import Cache, KVState
 from .config import Config
+from .kernels.embed import embed
 from .layers.decoder import DecoderLayer
+from .layers.matrix import matrix
 from .layers.mtp import MTPHead
 from .layers.norm import RMSNorm
 from .layers.rope import Rotation
@@ -66,25 +68,25 @@ class Model(nn.Module):
 
     def embed(self, tokens: mx.array) -> mx.array:
         """`[B, T]` token ids -> `[B, T, hidden]`."""
-        # Rows packed in a float format decode to bf16, whatever the activations are.
-        return self.model.language_model.embed_tokens(tokens).astype(self.dtype)
+        return embed(tokens, matrix(self.model.language_model.embed_tokens), self.dtype)
 
     def see(self, patches: np.ndarray, grid: tuple[int, int, int]) -> mx.array:
         """Rows `[N / 4, hidden]` for one picture or clip; see `VisionTower`."""
         return self.model.visual(patches, grid)
 
-    def __call__(self, x: mx.array, positions: mx.array, cache: Cache) -> mx.array:
+    def __call__(self, x: mx.array, positions: np.ndarray, cache: Cache) -> mx.array:
         """Read T more tokens.
 
-        x: `[B, T, hidden]` embeddings; positions: `[3, B, T]` int32, axes T, H, W.
+        x: `[B, T, hidden]` embeddings; positions: `[3, B, T]` integers, axes T, H, W.
         Returns: `[B, T, hidden]` after the final norm. `cache` moves on by T tokens.
         """
         body = self.model.language_model
         rotation = Rotation(self.config.text.rope, positions)
+        y = None
         for layer, state in zip(body.layers, cache.states, strict=True):
-            x = layer(x, rotation, state)
+            x, y = layer(x, y, rotation, state)
         cache.length += x.shape[1]
-        return body.norm(x)
+        return body.norm.add(x, y)[1]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """`[..., hidden]` -> `[..., V]`. Rows past the tokenizer's tokens are padding."""
@@ -93,7 +95,7 @@ class Model(nn.Module):
         return self.lm_head(hidden)
 
     def draft(
-        self, tokens: mx.array, hidden: mx.array, positions: mx.array, state: KVState
+        self, tokens: mx.array, hidden: mx.array, positions: np.ndarray, state: KVState
     ) -> mx.array:
         """Logits `[B, T, V]` of the MTP head for the tokens after `tokens`.
 

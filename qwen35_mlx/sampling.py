@@ -20,9 +20,10 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import InputError
+from .kernels.fused import fused
+from .kernels.top_k import top_k
 
-# Elements per block in `_largest`: V / 128 block maxima and k * 128 candidates are both about
-# 2,000 for the family's vocabulary and k = 20, which one threadgroup sorts.
+# Random numbers are made for so many tokens at once: it takes as many launches as for one.
 _BLOCK = 128
 # One over a temperature too small for float32 must not become infinite: 0 * inf is NaN.
 _STEEPEST = 1e38
@@ -123,6 +124,8 @@ class Sampler:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._key = mx.random.key(seed)
         mx.eval(self._key)  # a lazy key would bind the sampler to this thread
+        self._uniform: mx.array | None = None  # `[_BLOCK]` f32 in [0, 1), one for each token
+        self._used = 0  # of these
         self._generated: mx.array | None = None  # `[1, V]` bool: drawn so far
         self._seen: mx.array | None = None  # `[1, V]` bool: the same and the prompt's
 
@@ -136,11 +139,12 @@ class Sampler:
         """
         if logits.ndim != 2 or logits.shape[0] != 1:
             raise ValueError(f"Sampler: logits have shape {logits.shape}; expected [1, V].")
-        if self._vocab_size is not None:
-            logits = logits[:, : self._vocab_size]
+        size = min(self._vocab_size or logits.shape[1], logits.shape[1])
         logits = self._penalised(logits)
-        greedy = self._sampling.temperature == 0
-        token = mx.argmax(logits, axis=-1) if greedy else self._drawn(logits)
+        if self._sampling.temperature == 0:
+            token = mx.argmax(logits[:, :size], axis=-1)
+        else:
+            token = drawn(logits, size, self._sampling, self._random())
         at = token[:, None]
         if self._generated is not None:
             self._generated = mx.put_along_axis(self._generated, at, mx.array(True), axis=-1)
@@ -150,65 +154,117 @@ class Sampler:
 
     def arrays(self) -> list[mx.array]:
         """The sampler's state, to be evaluated together with the token that changed it."""
-        return [a for a in (self._key, self._generated, self._seen) if a is not None]
+        state = self._key, self._uniform, self._generated, self._seen
+        return [a for a in state if a is not None]
+
+    def _random(self) -> mx.array:
+        """The next number, `[1]`, which leaves `arrays` as they are but for each `_BLOCK`-th."""
+        if self._uniform is None or self._used == _BLOCK:
+            self._key, key = mx.random.split(self._key)
+            self._uniform, self._used = mx.random.uniform(shape=(_BLOCK,), key=key), 0
+        self._used += 1
+        return self._uniform[self._used - 1 : self._used]
 
     def _penalised(self, logits: mx.array) -> mx.array:
         """`logits`, or float32 with both penalties taken."""
         presence = self._sampling.presence_penalty
         repetition = self._sampling.repetition_penalty
-        if repetition != 1:
-            if self._seen is None:
-                self._seen = _mask(self._prompt, logits.shape[-1])
-            logits = logits.astype(mx.float32)
-            changed = mx.where(logits > 0, logits / repetition, logits * repetition)
-            logits = mx.where(self._seen, changed, logits)
-        if presence != 0:
-            if self._generated is None:
-                self._generated = _mask((), logits.shape[-1])
-            logits = logits.astype(mx.float32) - presence * self._generated
-        return logits
-
-    def _drawn(self, logits: mx.array) -> mx.array:
-        top_p, top_k, min_p = self._sampling.top_p, self._sampling.top_k, self._sampling.min_p
-        size = logits.shape[-1]
-        ids: mx.array | None = None
-        if 0 < top_k < size or top_p < 1:
-            ids = _largest(logits, min(top_k or size, size))
-            logits = mx.take_along_axis(logits, ids, axis=-1)
-        logits = logits.astype(mx.float32)
-        # The largest becomes exactly 0, so that no temperature overflows it.
-        logits = logits - logits.max(axis=-1, keepdims=True)
-        logits = logits * min(1 / self._sampling.temperature, _STEEPEST)
-        if top_p < 1:
-            p = mx.softmax(logits, axis=-1)
-            # Kept while the sum before a token has not reached top_p: the first always is.
-            logits = mx.where(mx.cumsum(p, axis=-1, inclusive=False) < top_p, logits, -mx.inf)
-        if min_p > 0:
-            logits = mx.where(logits >= math.log(min_p), logits, -mx.inf)
-        self._key, key = mx.random.split(self._key)
-        choice = mx.random.categorical(logits, key=key)
-        if ids is None:
-            return choice
-        return mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+        if repetition != 1 and self._seen is None:
+            self._seen = _mask(self._prompt, logits.shape[-1])
+        if presence != 0 and self._generated is None:
+            self._generated = _mask((), logits.shape[-1])
+        # As arrays: a number would be part of the compiled function, and each its own compilation.
+        if self._seen is None and self._generated is None:
+            return logits
+        if self._seen is None:
+            return _without_presence(logits, self._generated, mx.array(presence))
+        if self._generated is None:
+            return _without_repetition(logits, self._seen, mx.array(repetition))
+        factor, amount = mx.array(repetition), mx.array(presence)
+        return _without_both(logits, self._seen, factor, self._generated, amount)
 
 
-def _largest(logits: mx.array, k: int) -> mx.array:
-    """Ids of the `k` largest of `[1, V]`, largest first, of equals the lower id first: `[1, k]`.
+def drawn(logits: mx.array, size: int, sampling: Sampling, u: mx.array) -> mx.array:
+    """The ids that the numbers `u` stand for.
 
-    MLX partitions on the GPU by sorting everything, 248,320 logits for 20 of them. Instead the
-    maximum of each block of ids decides which `k` blocks can hold one of the `k` largest (a block
-    behind them has `k` better elements before it), and only those are sorted. MLX's sort keeps
-    the order of equals, so the result is exactly that of sorting everything.
+    logits: `[1, V]` with penalties taken, of which the first `size` count. sampling: at a
+    temperature above 0. u: `[N]` f32 in [0, 1), each the share of the probability left that lies
+    before the token, likelier ones first, or by id where nothing had to be sorted.
+
+    Returns: `[N]` uint32.
     """
-    size = logits.shape[-1]
-    blocks = -(-size // _BLOCK)
-    if k >= blocks:
-        return mx.argsort(-logits, axis=-1)[:, :k]
-    padding = (0, blocks * _BLOCK - size)
-    table = mx.pad(logits[0], padding, constant_values=-mx.inf).reshape(blocks, _BLOCK)
-    chosen = mx.sort(mx.argsort(-table.max(axis=-1))[:k])
-    order = mx.argsort(-table[chosen].reshape(-1))[:k]
-    return (chosen[order // _BLOCK] * _BLOCK + order % _BLOCK)[None]
+    top_p, min_p = sampling.top_p, mx.array(sampling.min_p)
+    k = min(sampling.top_k or size, size)
+    ids: mx.array | None = None
+    if k < size or top_p < 1:
+        values, ids = top_k(logits, k, size)
+        largest = values[:, :1]
+    else:
+        values = logits[:, :size]
+        largest = values.max(axis=-1, keepdims=True)
+    steepness = mx.array(min(1 / sampling.temperature, _STEEPEST))
+    if top_p < 1:
+        weights = _powers(values, largest, steepness, mx.array(0.0))
+        sums = mx.cumsum(weights, axis=-1)
+        # The sorted prefix that is left; behind it 0.
+        sums = weights = _reached(weights, sums, sums[:, -1:], mx.array(top_p), min_p)
+        total = sums.max(axis=-1, keepdims=True)
+    else:
+        weights = _powers(values, largest, steepness, min_p)
+        sums = mx.cumsum(weights, axis=-1)
+        total = sums[:, -1:]
+    choice = mx.argmax(_ranks(weights, sums, u[:, None], total), axis=-1)
+    return choice if ids is None else ids[0][choice]
+
+
+@fused
+def _without_repetition(logits: mx.array, seen: mx.array, repetition: mx.array) -> mx.array:
+    x = logits.astype(mx.float32)
+    return mx.where(seen, mx.where(x > 0, x / repetition, x * repetition), x)
+
+
+@fused
+def _without_presence(logits: mx.array, generated: mx.array, presence: mx.array) -> mx.array:
+    return logits.astype(mx.float32) - presence * generated
+
+
+@fused
+def _without_both(
+    logits: mx.array,
+    seen: mx.array,
+    repetition: mx.array,
+    generated: mx.array,
+    presence: mx.array,
+) -> mx.array:
+    logits = _without_repetition(logits, seen, repetition)
+    return _without_presence(logits, generated, presence)
+
+
+@fused
+def _powers(logits: mx.array, largest: mx.array, steepness: mx.array, min_p: mx.array) -> mx.array:
+    """p / max p, or 0 below `min_p`."""
+    # The largest becomes exactly 0, so that no temperature overflows it.
+    p = mx.exp((logits.astype(mx.float32) - largest.astype(mx.float32)) * steepness)
+    return mx.where(p >= min_p, p, 0.0)
+
+
+@fused
+def _reached(
+    p: mx.array, sums: mx.array, total: mx.array, top_p: mx.array, min_p: mx.array
+) -> mx.array:
+    """`sums`, or 0 where what lies before has reached `top_p` or p is below `min_p`."""
+    return mx.where((sums - p < top_p * total) & (p >= min_p), sums, 0.0)
+
+
+@fused
+def _ranks(weights: mx.array, sums: mx.array, u: mx.array, total: mx.array) -> mx.array:
+    """The first of the largest is drawn: 2 behind `u`, 1 before it, 0 where no weight is.
+
+    With u < 1 also u * total is below total in f32. But a GPU adds in blocks, and where a sum is a
+    rounding too small or large a token without weight must not be the one.
+    """
+    found = mx.where(sums > u * total, 2.0, 1.0)
+    return mx.where(weights > 0, found, 0.0)
 
 
 def _mask(ids: Sequence[int] | np.ndarray | mx.array, size: int) -> mx.array:

@@ -33,6 +33,7 @@ FAULT, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141  # exit codes
 TITLES = {
     "download": "downloading",
     "load": "loading the weights",
+    "kernels": "trying the kernels on this GPU",
     "prompt": "reading the prompt",
     "answering": "answering",
     "plan": "planning",

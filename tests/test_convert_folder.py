@@ -88,7 +88,7 @@ def test_a_uniform_folder_without_our_additions_is_one_of_mlx_community(
 
 def drafted(model: qwen35_mlx.Qwen35) -> np.ndarray:
     """The MTP head's logits for five tokens; a folder without the head has none."""
-    places = mx.broadcast_to(mx.arange(5), (3, 1, 5))
+    places = np.broadcast_to(np.arange(5), (3, 1, 5))
     states = mx.random.normal((1, 5, model.config.text.hidden_size), key=mx.random.key(3))
     return np.array(model.model.draft(mx.arange(7, 12)[None], states, places, KVState()))
 

@@ -87,7 +87,7 @@ def test_decoding_equals_the_tail_of_reading(T: int, model: qwen35_mlx.Qwen35) -
     engine.read_prompt(net, text_prompt(T - 9), cache)
     for t in range(T - 9, T):
         x = net.embed(mx.array(prompt.tokens[None, t : t + 1]))
-        rows.append(net.logits(net(x, mx.full((3, 1, 1), t), cache))[0])
+        rows.append(net.logits(net(x, np.full((3, 1, 1), t), cache))[0])
     assert cache.length == T
     assert distance(mx.concatenate(rows), model.logits(prompt)[-9:]) < TOLERANCE
 

@@ -192,7 +192,7 @@ def test_greedy_tokens_are_those_of_transformers(load: Load, name: str, case: st
 def draft(model: Qwen35, name: str) -> mx.array:
     """The MTP head's logits `[T, V]` after the stored tokens and hidden states."""
     tokens, hidden = (golden(name)[f"draft.{key}"] for key in ("tokens", "hidden"))
-    places = mx.broadcast_to(mx.arange(len(tokens)), (3, 1, len(tokens)))
+    places = np.broadcast_to(np.arange(len(tokens)), (3, 1, len(tokens)))
     states = mx.array(hidden)[None]
     return model.model.draft(mx.array(tokens)[None], states, places, KVState())[0]
 

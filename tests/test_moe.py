@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx.kernels.moe import SORT_FROM, by_expert, route
+from qwen35_mlx.kernels.moe import MAX_TOKENS, by_expert, grouped_matmul, route
 from qwen35_mlx.layers.moe import GroupedLinear
 from qwen35_mlx.packing import Format
 
@@ -34,7 +34,7 @@ def test_pairs_come_back_in_their_order() -> None:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("packing", [None, Format("affine", 4, 32), Format("affine", 8, 64)])
 @pytest.mark.parametrize("is_sorted", [False, True])
-@pytest.mark.parametrize("N", [2, SORT_FROM])
+@pytest.mark.parametrize("N", [2, MAX_TOKENS * K])
 def test_each_row_meets_its_own_matrix(
     dtype: mx.Dtype, packing: Format | None, N: int, is_sorted: bool
 ) -> None:
@@ -51,7 +51,7 @@ def test_each_row_meets_its_own_matrix(
         )
     else:
         layer.weight = weight
-    # As Experts calls it: sorted pairs each with a row of their own, or K experts for every row.
+    # As the layers call it: sorted pairs each with a row of their own, or K experts for every row.
     rows: tuple[int, ...] = (N, 1, DIMS_IN)
     chosen = draw.integers(0, E, N)
     if is_sorted:
@@ -61,7 +61,7 @@ def test_each_row_meets_its_own_matrix(
         chosen = draw.permuted(np.tile(np.arange(E), (N, 1)), axis=1)[:, :K]
         assert np.any(np.diff(chosen, axis=1) < 0)
     x = mx.array(draw.normal(size=rows).astype(np.float32)).astype(dtype)
-    found = layer(x, mx.array(chosen.astype(np.uint32)), is_sorted)
+    found = grouped_matmul(x, mx.array(chosen.astype(np.uint32)), is_sorted, *layer.matrices)
     assert found.dtype == dtype and found.shape == (*chosen.shape, 1, DIMS_OUT)
     exact_x, exact_w = (np.array(a.astype(mx.float32)).astype(np.float64) for a in (x, weight))
     wanted = exact_x @ exact_w[chosen].swapaxes(-1, -2)

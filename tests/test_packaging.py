@@ -58,7 +58,7 @@ def test_metal_holds_kernels_only_and_they_are_package_data() -> None:
 
 
 def test_the_version_is_said_once_more_in_the_package() -> None:
-    text = (ROOT / "qwen35_mlx" / "__init__.py").read_text("utf-8")
+    text = (ROOT / "qwen35_mlx" / "version.py").read_text("utf-8")
     assert f'__version__ = "{PROJECT["project"]["version"]}"' in text
 
 

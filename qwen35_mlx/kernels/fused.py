@@ -25,6 +25,15 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
+def swiglu_of(joined: mx.array) -> mx.array:
+    """`silu(gate) up` of `[..., gate | up]`, type of `joined`."""
+    gate, up = mx.split(joined, 2, axis=-1)
+    if joined.size == joined.shape[-1]:
+        # Of one row MLX keeps the halves' strides, and the product that follows would copy it.
+        return swiglu(gate.flatten(), up.flatten()).reshape(gate.shape)
+    return swiglu(gate, up)
+
+
 @fused
 def sigmoid_gate(x: mx.array, gate: mx.array) -> mx.array:
     """`x sigmoid(gate)`, both of one shape and type."""

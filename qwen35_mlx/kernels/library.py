@@ -11,12 +11,20 @@ BODY = "\n// body\n"
 
 # Nothing until it was proven on this machine: every op then runs its `reference`.
 _used: frozenset[str] = frozenset()
+_allowed: frozenset[str] | None = None  # by every model that was loaded so far
 
 
 def use(names: Iterable[str]) -> None:
     """Run these kernels from now on, and of all others the reference."""
     global _used
     _used = frozenset(names)
+
+
+def allow(names: Iterable[str]) -> None:
+    """Use these for one more model; of several in a process, those that all of them may use."""
+    global _allowed
+    _allowed = frozenset(names) if _allowed is None else _allowed & frozenset(names)
+    use(_allowed)
 
 
 def uses(name: str) -> bool:

@@ -1,23 +1,64 @@
 """Matrix products with a different matrix per row: the experts of a mixture."""
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from ..packing import Format
 
-# From this many (token, expert) pairs on, rows sorted by expert read each matrix once.
-SORT_FROM = 64
+# More tokens are sorted by expert: their products are large enough for MLX's own kernels.
+MAX_TOKENS = 8
+
+
+class Packed(NamedTuple):
+    """Matrices `[..., out, in]`: plain, or in the packed format that `mx.quantize` gives."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    packing: Format | None = None
+
+    @property
+    def columns(self) -> int:
+        """The width before packing."""
+        width = self.weight.shape[-1]
+        return width if self.packing is None else width * 32 // self.packing.bits
+
+
+def is_streamable(matrix: Packed, rows: int) -> bool:
+    """Whether this project's kernels read it, `rows` rows at a time: affine, 4 or 8 bits."""
+    packing, arrays = matrix.packing, matrix[:3]
+    if packing is None or packing.mode != "affine" or packing.bits not in (4, 8):
+        return False
+    # Metal gets arrays of fewer than 8 elements in another kind of memory.
+    return matrix.weight.shape[-2] % rows == 0 and all(
+        a is not None and a.size >= 8 for a in arrays
+    )
+
+
+def words_at_once(matrix: Packed) -> int:
+    """How many packed words a lane loads at once: 4 where a row fills 32 lanes with that."""
+    words = matrix.weight.shape[-1]
+    return 4 if words % 128 == 0 else 2 if words % 64 == 0 else 1
 
 
 def route(logits: mx.array, K: int) -> tuple[mx.array, mx.array]:
     """The K most likely experts of each token and their weights, which sum to one.
 
     logits: `[N, E]` any float; softmax and renormalisation in f32.
-    Returns: indices `[N, K]` uint32 and weights `[N, K]` f32.
+    Returns: indices `[N, K]` uint32, the most likely first and of equal ones the lowest, and
+    weights `[N, K]` f32.
     Source: transformers `Qwen3_5MoeTopKRouter`.
     """
-    p = mx.softmax(logits.astype(mx.float32), axis=-1)
-    chosen = mx.argpartition(-p, K - 1, axis=-1)[:, :K]
-    weights = mx.take_along_axis(p, chosen, axis=-1)
+    logits = logits.astype(mx.float32)
+    # One integer that orders as (-logit, index): a partition has no order among equals, and in
+    # bf16 equal logits are common.
+    bits = (logits + 0.0).view(mx.int32)
+    descending = ~mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = descending.astype(mx.int64) * (1 << 32) + mx.arange(logits.shape[-1], dtype=mx.int64)
+    first = mx.sort(mx.partition(keys, K - 1, axis=-1)[:, :K], axis=-1)
+    chosen = (first & 0xFFFFFFFF).astype(mx.uint32)
+    weights = mx.take_along_axis(mx.softmax(logits, axis=-1), chosen, axis=-1)
     return chosen, weights / weights.sum(-1, keepdims=True)
 
 
@@ -60,6 +101,23 @@ def grouped_matmul(
         sorted_indices=is_sorted,
     )
     return y.astype(kind)
+
+
+def matmul(x: mx.array, matrix: Packed) -> mx.array:
+    """`x [..., in]` times one matrix `[out, in]` -> `[..., out]`, type of x."""
+    if matrix.scales is None or matrix.packing is None:
+        return x @ matrix.weight.astype(x.dtype).T
+    affine = matrix.biases is not None
+    return mx.quantized_matmul(
+        x,
+        matrix.weight,
+        matrix.scales.astype(x.dtype) if affine else matrix.scales,
+        matrix.biases.astype(x.dtype) if matrix.biases is not None else None,
+        transpose=True,
+        group_size=matrix.packing.group_size,
+        bits=matrix.packing.bits,
+        mode=matrix.packing.mode,
+    )
 
 
 def by_expert(chosen: mx.array) -> tuple[mx.array, mx.array, mx.array]:

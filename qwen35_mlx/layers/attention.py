@@ -6,6 +6,7 @@ import mlx.nn as nn
 from ..cache import KVState
 from ..config import TextConfig
 from ..kernels.attention import attention
+from ..kernels.attention_prepare import attention_prepare
 from ..kernels.fused import sigmoid_gate
 from .joined import joined
 from .norm import RMSNorm
@@ -37,16 +38,16 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, rotation: Rotation, state: KVState) -> mx.array:
         """x: `[B, T, hidden]`; the new keys and values are appended to `state`."""
-        B, T, _ = x.shape
-        keys_from = 2 * self.heads * self.head_dim
-        values_from = keys_from + self.kv_heads * self.head_dim
-        q, k, v = mx.split(self.qkv(x), [keys_from, values_from], axis=-1)
-        q, gate = mx.split(q.reshape(B, T, self.heads, -1), 2, axis=-1)
-        k = k.reshape(B, T, self.kv_heads, self.head_dim)
-        v = v.reshape(B, T, self.kv_heads, self.head_dim)
-        q = rotation(self.q_norm(q).swapaxes(1, 2))
-        k = rotation(self.k_norm(k).swapaxes(1, 2))
-        keys, values = state.append(k, v.swapaxes(1, 2))
+        q, gate, kv = attention_prepare(
+            self.qkv(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            rotation.cos,
+            rotation.sin,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            eps=self.q_norm.eps,
+        )
+        keys, values = state.append(kv)
         out = attention(q, keys, values, self.head_dim**-0.5, causal=True)
-        out = out.swapaxes(1, 2).reshape(B, T, -1)
-        return self.o_proj(sigmoid_gate(out, gate.reshape(B, T, -1)))
+        return self.o_proj(sigmoid_gate(out.swapaxes(1, 2).reshape(gate.shape), gate))

@@ -35,11 +35,18 @@ class DecoderLayer(nn.Module):
         mixer.join()
         self.mlp.join()
 
-    def __call__(self, x: mx.array, rotation: Rotation, state: KVState | DeltaState) -> mx.array:
-        """x: `[B, T, hidden]`; `state` is this layer's own and moves on by T tokens."""
-        normed = self.input_layernorm(x)
+    def __call__(
+        self, x: mx.array, y: mx.array | None, rotation: Rotation, state: KVState | DeltaState
+    ) -> tuple[mx.array, mx.array]:
+        """The residual stream is `x + y`, added where it is normalised next.
+
+        x, y: `[B, T, hidden]`, y None before the first layer; `state` is this layer's own and moves
+        on by T tokens. Returns: the same two, after this layer.
+        """
+        x, normed = self.input_layernorm.add(x, y)
         if isinstance(state, KVState):
-            x = x + self.self_attn(normed, rotation, state)
+            y = self.self_attn(normed, rotation, state)
         else:
-            x = x + self.linear_attn(normed, state)
-        return x + self.mlp(self.post_attention_layernorm(x))
+            y = self.linear_attn(normed, state)
+        x, normed = self.post_attention_layernorm.add(x, y)
+        return x, self.mlp(normed)

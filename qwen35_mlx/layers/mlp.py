@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels.fused import swiglu
+from ..kernels.fused import swiglu_of
 from .joined import joined
 
 
@@ -21,5 +21,4 @@ class MLP(nn.Module):
         self.gate_up = joined(self, "gate_proj", "up_proj")
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.gate_up(x), 2, axis=-1)
-        return self.down_proj(swiglu(gate, up))
+        return self.down_proj(swiglu_of(self.gate_up(x)))

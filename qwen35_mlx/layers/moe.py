@@ -4,9 +4,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import TextConfig
-from ..kernels.fused import swiglu
-from ..kernels.moe import SORT_FROM, by_expert, grouped_matmul, route
+from ..kernels.fused import swiglu_of
+from ..kernels.moe import MAX_TOKENS, Packed, by_expert, grouped_matmul
+from ..kernels.moe_combine import moe_combine
+from ..kernels.moe_down import moe_down
+from ..kernels.moe_gate_up import moe_gate_up
+from ..kernels.moe_route import moe_route
 from ..packing import Format
+from .joined import SideBySide
+from .matrix import matrix, plain
 from .mlp import MLP
 
 
@@ -25,17 +31,13 @@ class GroupedLinear(nn.Module):
             self[name] = value
         self.packing = packing
 
-    def __call__(self, x: mx.array, chosen: mx.array, is_sorted: bool) -> mx.array:
-        """x: `[..., 1, in]`, chosen: `[...]` -> `[..., 1, out]`."""
-        return grouped_matmul(
-            x,
-            chosen,
-            is_sorted,
-            self.weight,
-            self.get("scales"),
-            self.get("biases"),
-            self.packing,
-        )
+    @property
+    def matrices(self) -> Packed:
+        return Packed(self.weight, self.get("scales"), self.get("biases"), self.packing)
+
+    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """x: `[N, 1, in]`, chosen: `[N]` in rising order -> `[N, 1, out]`."""
+        return grouped_matmul(x, chosen, True, *self.matrices)
 
 
 class Experts(nn.Module):
@@ -47,20 +49,9 @@ class Experts(nn.Module):
         self.gate_up_proj = GroupedLinear(E, hidden, 2 * inner)
         self.down_proj = GroupedLinear(E, inner, hidden)
 
-    def __call__(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """x: `[N, hidden]`; chosen, weights: `[N, K]` -> the weighted sum `[N, hidden]` f32."""
-        N, K = chosen.shape
-        if N * K < SORT_FROM:
-            y = self._each(x[:, None, None], chosen, is_sorted=False)[:, :, 0]
-        else:
-            tokens, experts, back = by_expert(chosen)
-            y = self._each(x[tokens][:, None], experts, is_sorted=True)[:, 0]
-            y = y[back].reshape(N, K, -1)
-        return (weights[:, None] @ y.astype(mx.float32))[:, 0]
-
-    def _each(self, x: mx.array, chosen: mx.array, is_sorted: bool) -> mx.array:
-        gate, up = mx.split(self.gate_up_proj(x, chosen, is_sorted), 2, axis=-1)
-        return self.down_proj(swiglu(gate, up), chosen, is_sorted)
+    def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """x: `[N, hidden]`, chosen: `[N]` in rising order -> `[N, hidden]`."""
+        return self.down_proj(swiglu_of(self.gate_up_proj(x[:, None], chosen)), chosen)[:, 0]
 
 
 class SparseMLP(nn.Module):
@@ -80,11 +71,25 @@ class SparseMLP(nn.Module):
     def join(self) -> None:
         """Store what reads the same input as one matrix; needed before the first call."""
         self.shared_expert.join()
+        # One row: unpacked it is a few KB, and the router's kernel takes it along.
+        self.shared_gate = plain(self.pop("shared_expert_gate"))[0]
 
     def __call__(self, x: mx.array) -> mx.array:
         rows = x.reshape(-1, x.shape[-1])
-        chosen, weights = route(self.gate(rows), self.chosen_per_token)
-        shared = self.shared_expert(rows).astype(mx.float32)
-        open_ = mx.sigmoid(self.shared_expert_gate(rows).astype(mx.float32))
-        y = self.experts(rows, chosen, weights) + open_ * shared
-        return y.astype(x.dtype).reshape(x.shape)
+        logits = self.gate(rows)
+        routed = moe_route(logits, self.chosen_per_token, rows, self.shared_gate)
+        few = len(rows) <= MAX_TOKENS and not isinstance(self.shared_expert.gate_up, SideBySide)
+        return (self._few(rows, *routed) if few else self._many(rows, *routed)).reshape(x.shape)
+
+    def _few(self, x: mx.array, chosen: mx.array, weights: mx.array, shared: mx.array) -> mx.array:
+        """Each expert's matrices are read once, and the shared one is one more expert."""
+        ours, routed = self.shared_expert, self.experts
+        h = moe_gate_up(x, chosen, routed.gate_up_proj.matrices, matrix(ours.gate_up))
+        down = routed.down_proj.matrices, matrix(ours.down_proj)
+        return moe_down(h, chosen, weights, shared, *down)
+
+    def _many(self, x: mx.array, chosen: mx.array, weights: mx.array, shared: mx.array) -> mx.array:
+        """Rows sorted by expert, so that one product serves all rows of an expert."""
+        tokens, experts, back = by_expert(chosen)
+        y = self.experts(x[tokens], experts)
+        return moe_combine(y, back, weights, shared, self.shared_expert(x))

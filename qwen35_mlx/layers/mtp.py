@@ -33,6 +33,7 @@ class MTPHead(nn.Module):
         """embedding: of token t + 1, hidden: of token t, both `[B, T, hidden]`, at t's position."""
         pair = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)]
         x = self.fc(mx.concatenate(pair, axis=-1))
+        y = None
         for layer in self.layers:
-            x = layer(x, rotation, state)
-        return self.norm(x)
+            x, y = layer(x, y, rotation, state)
+        return self.norm.add(x, y)[1]

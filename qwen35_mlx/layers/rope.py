@@ -12,25 +12,18 @@ from ..config import Rope
 class Rotation:
     """Cosines and sines of the positions in one forward pass, computed once for all layers.
 
-    positions: `[3, B, T]` int32, the axes T, H, W. Pair i of the rotary dims follows axis i mod 3
-    as far as that axis' section reaches, and T beyond it.
+    positions: `[3, B, T]` integers, the axes T, H, W. Pair i of the rotary dims follows axis i mod
+    3 as far as that axis' section reaches, and T beyond it. On the host: a GPU would take eight
+    launches per token for these few values.
     Source: transformers `Qwen3_5TextRotaryEmbedding`; cos and sin stay f32 here.
     """
 
-    def __init__(self, rope: Rope, positions: mx.array) -> None:
+    def __init__(self, rope: Rope, positions: np.ndarray) -> None:
         axis, frequency = _pairs(rope)
-        angle = positions[mx.array(axis)].astype(mx.float32)  # [pairs, B, T]
-        angle = mx.moveaxis(angle, 0, -1) * mx.array(frequency)
-        self.cos = rope.attention_factor * mx.cos(angle)[:, None]  # [B, 1, T, pairs]
-        self.sin = rope.attention_factor * mx.sin(angle)[:, None]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Rotate pairs (i, i + pairs) of `x [B, H, T, D]`; later dims pass through."""
-        pairs = self.cos.shape[-1]
-        first, second, rest = mx.split(x, [pairs, 2 * pairs], axis=-1)
-        a = first * self.cos - second * self.sin
-        b = second * self.cos + first * self.sin
-        return mx.concatenate([a.astype(x.dtype), b.astype(x.dtype), rest], axis=-1)
+        angle = np.moveaxis(positions[axis].astype(np.float32), 0, -1) * frequency
+        factor = np.float32(rope.attention_factor)
+        self.cos = mx.array(factor * np.cos(angle))[:, None]  # [B, 1, T, pairs]
+        self.sin = mx.array(factor * np.sin(angle))[:, None]
 
 
 @lru_cache

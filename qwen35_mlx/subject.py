@@ -1,0 +1,43 @@
+"""A model by its headers alone: a size, a Hub id or a folder of which no weight is read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .packing import Format
+
+
+def of(
+    model: str, bits: int | None, recipe: str | None
+) -> "tuple[str, Config, dict[str, Format | None]]":
+    """What `model` is in words, its configuration, and how each matrix is packed, by module.
+
+    bits, recipe: of a size, as `convert` would pack it; None for its defaults.
+    Raises: ModelError when `model` stands for nothing or cannot be run; ConversionError for bits or
+    a recipe that there are not.
+    """
+    from qwen35_mlx.convert import layout, origin, published
+    from qwen35_mlx.convert.options import Options, options
+
+    named = origin.model_of(model)
+    if named.size is not None:
+        source, asked = published.source(named.size), options(bits, recipe=recipe)
+        packed = layout.targets(source, asked)
+        title = f"{named.size.name}, {asked.label}" + (f", {asked.recipe}" if asked.base else "")
+        return title, source.config, {target.path: target.packing for target in packed}
+    if bits is not None or recipe is not None:
+        raise ModelError(
+            f"{model}: --bits or --recipe beside a folder; expected them with a size, for a folder "
+            "is taken as it is. Leave them out."
+        )
+    found = origin.headers(named, Path("unused"), stream=False, revision=None)
+    formats = {}
+    for target in layout.targets(found.source, Options(base=None)):
+        view = target.pieces[0].view
+        if view.block is not None:
+            raise ModelError(f"{model}: is FP8; expected BF16 or MLX's form. Convert it first.")
+        formats[target.path] = view.packing
+    return f"{named.name} ({found.what})", found.source.config, formats

@@ -1,0 +1,284 @@
+"""Data, float64 definitions and cases of the kernels of the mixture of experts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from metal_cpu import BufferTraffic, Launch, emulated, require_clean
+from qwen35_mlx.kernels import library
+from qwen35_mlx.kernels.moe import Packed, by_expert
+from qwen35_mlx.kernels.moe_combine import moe_combine
+from qwen35_mlx.kernels.moe_down import moe_down
+from qwen35_mlx.kernels.moe_gate_up import moe_gate_up
+from qwen35_mlx.kernels.moe_route import moe_route
+from qwen35_mlx.packing import Format
+
+KERNELS = ("moe_route", "moe_gate_up", "moe_down", "moe_combine")
+# How a launch is run: order of threads, contraction of products and sums, order of simd_sum.
+RUNS: tuple[dict[str, Any], ...] = (
+    {"schedule": "forward", "contract": True, "reduce": "butterfly"},
+    {"schedule": "reverse", "contract": False, "reduce": "ascending"},
+    {"schedule": 7, "contract": True, "reduce": "random"},
+)
+PACKED = tuple(
+    shared + name for shared in ("", "shared_") for name in ("weight", "scales", "biases")
+)
+# Half a unit in the last place of the output, by type; f32 counts as exact beside the next line.
+ROUNDING = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
+# Of sums of a few hundred to a few thousand f32 terms, beside the root mean square of the output.
+F32_ERROR = 1e-5
+
+
+@contextmanager
+def executed(**run: Any) -> Iterator[list[Launch]]:
+    """The kernels run from their Metal text; one launch, of which nothing is reported."""
+    with emulated(**run) as launches:
+        library.use(KERNELS)
+        try:
+            yield launches
+        finally:
+            library.use(())
+    require_clean(launches)
+    assert len(launches) == 1
+
+
+def streamed(launch: Launch) -> tuple[int, int]:
+    """Of the packed matrices: bytes read, and bytes of the 64-byte lines fetched."""
+    read = [launch.buffers[name].read for name in PACKED]
+    return sum(r.unique for r in read), sum(r.lines for r in read)
+
+
+def is_whole(buffer: BufferTraffic) -> bool:
+    """Whether every byte was touched."""
+    return bool(buffer.touched.all())
+
+
+def exact(x: mx.array) -> np.ndarray:
+    """`x` in float64."""
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def excess(found: mx.array, wanted: np.ndarray) -> float:
+    """The largest error beyond one rounding, beside the root mean square of `wanted`."""
+    error = np.abs(exact(found) - wanted) - ROUNDING[found.dtype] * np.abs(wanted)
+    return float(np.max(error) / np.sqrt(np.mean(wanted**2)))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def unpacked(matrix: Packed, at: int | None = None) -> np.ndarray:
+    """One packed matrix `[out, in]` in float64, the `at`-th where there are several."""
+    packing = matrix.packing
+    assert packing and matrix.scales is not None and matrix.biases is not None
+    parts = [exact(a if at is None else a[at]) for a in (matrix.scales, matrix.biases)]
+    words = np.array(matrix.weight if at is None else matrix.weight[at])
+    places = np.arange(0, 32, packing.bits, dtype=np.uint32)
+    q = (words[..., None] >> places) & np.uint32(2**packing.bits - 1)
+    scale, bias = (np.repeat(p, packing.group_size, axis=-1) for p in parts)
+    return q.reshape(words.shape[0], -1) * scale + bias
+
+
+def draw_packed(
+    draw: np.random.Generator, shape: tuple[int, ...], packing: Format, kind: mx.Dtype
+) -> Packed:
+    """Random packed matrices of `shape` `[..., in]`; scales and biases of type `kind`."""
+    if packing.mode != "affine":
+        values = mx.array(draw.normal(size=shape).astype(np.float32))
+        parts = mx.quantize(values, packing.group_size, packing.bits, packing.mode)
+        return Packed(parts[0], parts[1], None, packing)
+    words = (*shape[:-1], shape[-1] * packing.bits // 32)
+    groups = (*shape[:-1], shape[-1] // packing.group_size)
+    span = 2.0**packing.bits
+    scales = draw.uniform(0.2, 1.0, groups).astype(np.float32) / np.float32(span)
+    scales *= draw.choice(np.array([-1, 1], np.float32), groups)
+    biases = -scales * np.float32(span / 2) * draw.uniform(0.8, 1.2, groups).astype(np.float32)
+    return Packed(
+        mx.array(draw.integers(0, 2**32, words, dtype=np.uint32)),
+        mx.array(scales).astype(kind),
+        mx.array(biases).astype(kind),
+        packing,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mixture of experts with its tokens; small by default, every axis of another size."""
+
+    N: int
+    dtype: mx.Dtype = mx.float32
+    routed: Format = Format("affine", 4, 32)
+    shared: Format = Format("affine", 8, 32)
+    scales: mx.Dtype = mx.bfloat16
+    E: int = 7
+    K: int = 3
+    hidden: int = 96
+    inner: int = 64
+    shared_inner: int = 160
+    crowded: bool = False  # all tokens choose among as few experts as they can
+
+    def __str__(self) -> str:
+        kind, scales = (str(t).rpartition(".")[2] for t in (self.dtype, self.scales))
+        formats = "+".join(f"{p.bits}b/{p.group_size}" for p in (self.routed, self.shared))
+        return f"N{self.N}-{kind}-{formats}-{scales}-{self.hidden}x{self.inner}-K{self.K}"
+
+    @cached_property
+    def data(self) -> "Data":
+        return Data(self)
+
+
+class Data:
+    """The arrays of a case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.draw = case, np.random.default_rng(case.N + 8 * case.K)
+        draw, N, K = self.draw, case.N, case.K
+        most = K + 1 if case.crowded else case.E
+        rows = [draw.permutation(most)[:K] for _ in range(N)]
+        self.experts = mx.array(np.stack(rows).astype(np.uint32))
+        self.x = self.normal((N, case.hidden))
+        self.h = self.normal((N, K * case.inner + case.shared_inner))
+        weights = draw.dirichlet(np.ones(K), N)
+        self.weights = mx.array(weights.astype(np.float32))
+        self.shared = mx.array(draw.uniform(0, 1, N).astype(np.float32))
+        self.gate_up = self.packed((case.E, 2 * case.inner, case.hidden), case.routed)
+        self.shared_gate_up = self.packed((2 * case.shared_inner, case.hidden), case.shared)
+        self.down = self.packed((case.E, case.hidden, case.inner), case.routed)
+        self.shared_down = self.packed((case.hidden, case.shared_inner), case.shared)
+
+    def normal(self, shape: tuple[int, ...]) -> mx.array:
+        return mx.array(self.draw.normal(size=shape).astype(np.float32)).astype(self.case.dtype)
+
+    def packed(self, shape: tuple[int, ...], packing: Format) -> Packed:
+        return draw_packed(self.draw, shape, packing, self.case.scales)
+
+    def chosen(self) -> np.ndarray:
+        """The experts that some token chose, each once."""
+        return np.unique(np.array(self.experts))
+
+    def gate_up_result(self) -> mx.array:
+        return moe_gate_up(self.x, self.experts, self.gate_up, self.shared_gate_up)
+
+    def gate_up_wanted(self) -> np.ndarray:
+        """`h` in float64."""
+        case, x = self.case, exact(self.x)
+        h = np.zeros(self.h.shape)
+        for expert in self.chosen():
+            gate, up = np.split(unpacked(self.gate_up, int(expert)), 2)
+            for n, k in zip(*np.nonzero(np.array(self.experts) == expert), strict=True):
+                at = slice(k * case.inner, (k + 1) * case.inner)
+                h[n, at] = silu(gate @ x[n]) * (up @ x[n])
+        gate, up = np.split(unpacked(self.shared_gate_up), 2)
+        h[:, case.K * case.inner :] = silu(x @ gate.T) * (x @ up.T)
+        return h
+
+    def down_result(self) -> mx.array:
+        return moe_down(
+            self.h, self.experts, self.weights, self.shared, self.down, self.shared_down
+        )
+
+    def down_wanted(self) -> np.ndarray:
+        """`y` in float64."""
+        case, h, weights = self.case, exact(self.h), exact(self.weights)
+        y = exact(self.shared)[:, None] * (
+            h[:, case.K * case.inner :] @ unpacked(self.shared_down).T
+        )
+        for expert in self.chosen():
+            down = unpacked(self.down, int(expert))
+            for n, k in zip(*np.nonzero(np.array(self.experts) == expert), strict=True):
+                y[n] += weights[n, k] * (down @ h[n, k * case.inner : (k + 1) * case.inner])
+        return y
+
+    def streamed_bytes(self, matrix: Packed, shared: Packed) -> int:
+        """Bytes of the packed matrices that the tokens need, each once."""
+        experts = len(self.chosen())
+        one = sum(a.nbytes // a.shape[0] for a in matrix[:3] if a is not None)
+        return experts * one + sum(a.nbytes for a in shared[:3] if a is not None)
+
+
+def route_data(
+    N: int, E: int, K: int, hidden: int, dtype: mx.Dtype
+) -> tuple[mx.array, int, mx.array, mx.array]:
+    """Arguments of `moe_route`; with 16-bit types many logits are equal."""
+    draw = np.random.default_rng(N + E)
+    logits, x = (
+        mx.array(draw.normal(size=shape).astype(np.float32)).astype(dtype)
+        for shape in ((N, E), (N, hidden))
+    )
+    gate = mx.array(draw.normal(size=hidden).astype(np.float32) / np.sqrt(np.float32(hidden)))
+    return logits, K, x, gate
+
+
+def combine_data(
+    N: int, E: int, K: int, hidden: int, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
+    """Arguments of `moe_combine`."""
+    draw = np.random.default_rng(N + K)
+    chosen = mx.array(np.stack([draw.permutation(E)[:K] for _ in range(N)]).astype(np.uint32))
+    y, shared_out = (
+        mx.array(draw.normal(size=(rows, hidden)).astype(np.float32)).astype(dtype)
+        for rows in (N * K, N)
+    )
+    weights = mx.array(draw.dirichlet(np.ones(K), N).astype(np.float32))
+    shared = mx.array(draw.uniform(0, 1, N).astype(np.float32))
+    return y, by_expert(chosen)[2], weights, shared, shared_out
+
+
+# K, hidden and both inner widths.
+SIZES = {
+    "35B-A3B": (8, 2048, 512),
+    "122B-A10B": (8, 3072, 1024),
+    "397B-A17B": (10, 4096, 1024),
+}
+
+
+def true_width(name: str, N: int, bits: int = 4, group: int = 64) -> Case:
+    """A layer of one of the sizes, bf16, all matrices in one format, with 12 of its experts."""
+    packing = Format("affine", bits, group)
+    K, hidden, inner = SIZES[name]
+    return Case(
+        N, mx.bfloat16, packing, packing, E=12, K=K, hidden=hidden, inner=inner, shared_inner=inner
+    )
+
+
+# Every size in every format, every number of tokens, and both extremes; minutes, hence slow tests.
+TRUE_WIDTHS = [
+    *(
+        (size, 1, bits, group)
+        for size in ("35B-A3B", "122B-A10B", "397B-A17B")
+        for bits in (4, 8)
+        for group in (32, 64, 128)
+    ),
+    *(("35B-A3B", N, 4, 64) for N in range(2, 9)),
+    ("35B-A3B", 8, 4, 128),
+    ("397B-A17B", 8, 4, 128),
+]
+
+
+def cases() -> list[tuple[str, Callable[[], object], int, int]]:
+    """Label, call, and the bytes it must read and write: the rows of a traffic table."""
+    shown: list[tuple[str, Callable[[], object], int, int]] = []
+    for N in (1, 4):
+        data = true_width("35B-A3B", N).data
+        ids = data.experts.nbytes
+        read = data.streamed_bytes(data.gate_up, data.shared_gate_up) + data.x.nbytes + ids
+        label = f"35B-A3B layer, {N} tokens, {len(data.chosen())} experts, 4 bits"
+        shown.append((f"moe_gate_up: {label}", data.gate_up_result, read, data.h.nbytes))
+        read = data.streamed_bytes(data.down, data.shared_down) + data.h.nbytes + ids
+        read += data.weights.nbytes + data.shared.nbytes
+        shown.append((f"moe_down: {label}", data.down_result, read, data.x.nbytes))
+    logits, K, x, gate = route_data(1, 256, 8, 2048, mx.bfloat16)
+    read = logits.nbytes + x.nbytes + gate.nbytes
+    route = partial(moe_route, logits, K, x, gate)
+    shown.append(("moe_route: 35B-A3B layer, 1 token", route, read, 8 * K + 4))
+    rows = combine_data(64, 256, 8, 2048, mx.bfloat16)
+    combine = partial(moe_combine, *rows)
+    read = sum(a.nbytes for a in rows)
+    shown.append(("moe_combine: 35B-A3B layer, 64 tokens", combine, read, rows[4].nbytes))
+    return shown

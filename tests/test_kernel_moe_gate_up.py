@@ -1,0 +1,138 @@
+"""Gate and up products of the chosen experts, executed from their Metal text."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from metal_cpu import emulated
+from moe_kernels import (
+    F32_ERROR,
+    KERNELS,
+    RUNS,
+    TRUE_WIDTHS,
+    Case,
+    draw_packed,
+    exact,
+    excess,
+    executed,
+    is_whole,
+    streamed,
+    true_width,
+    unpacked,
+)
+from qwen35_mlx.kernels import library
+from qwen35_mlx.packing import Format
+
+F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
+# The reference rounds gate and up before their product, and MLX's CPU sums in the type of x.
+REFERENCE = {F32: 2e-5, F16: 3e-3, BF16: 2e-2}
+
+
+def affine(bits: int, group: int) -> Format:
+    return Format("affine", bits, group)
+
+
+# N * K and N on both sides of 8 elements, where Metal changes the kind of memory; the widths at
+# which a lane loads 1, 2 and 4 words; gate rows that end within a threadgroup.
+CASES = [
+    Case(1),
+    Case(2, BF16, affine(4, 64), affine(4, 128), hidden=384, inner=192, shared_inner=128),
+    Case(3, F16, affine(8, 32), affine(4, 32), F16, crowded=True),
+    Case(8, F32, affine(4, 32), affine(8, 32), F32, crowded=True),
+    Case(2, F32, affine(4, 128), affine(8, 64), E=4, K=2, hidden=1024, inner=6, shared_inner=10),
+    Case(7, BF16, affine(8, 64), affine(4, 64), E=9, hidden=512, inner=14, shared_inner=4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: str(run["schedule"]))
+def test_executed_agrees_with_float64(case: Case, run: dict[str, Any]) -> None:
+    data = case.data
+    with executed(**run) as launches:
+        h = data.gate_up_result()
+    assert h.dtype == case.dtype
+    assert excess(h, data.gate_up_wanted()) <= F32_ERROR
+    assert streamed(launches[0])[0] == data.streamed_bytes(data.gate_up, data.shared_gate_up)
+    assert all(is_whole(launches[0].buffers[name]) for name in ("x", "experts", "h"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("scales", [F32, F16, BF16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_format_and_type_for_every_number_of_tokens(
+    bits: int, group: int, scales: mx.Dtype, dtype: mx.Dtype
+) -> None:
+    for N in range(1, 9):
+        packing, other = affine(bits, group), affine(12 - bits, 160 - group if group != 64 else 64)
+        sizes = {"hidden": 384, "inner": 20, "shared_inner": 12}
+        case = Case(N, dtype, packing, other, scales, crowded=N % 2 == 0, **sizes)
+        with executed(**RUNS[N % 3]):
+            h = case.data.gate_up_result()
+        assert excess(h, case.data.gate_up_wanted()) <= F32_ERROR
+
+
+@pytest.mark.parametrize("N", [1, 4])
+def test_true_width_reads_each_chosen_expert_once(N: int) -> None:
+    case = true_width("35B-A3B", N)
+    with executed() as launches:
+        h = case.data.gate_up_result()
+    assert excess(h, case.data.gate_up_wanted()) <= F32_ERROR
+    unique, lines = streamed(launches[0])
+    assert unique == case.data.streamed_bytes(case.data.gate_up, case.data.shared_gate_up)
+    assert lines <= 1.25 * unique
+    # Every simdgroup reads a token's x for four rows of weights.
+    assert launches[0].buffers["x"].read.lines <= lines * (0.9 if N == 1 else 2.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, N, bits, group", TRUE_WIDTHS)
+def test_every_true_width_streams(size: str, N: int, bits: int, group: int) -> None:
+    case = true_width(size, N, bits, group)
+    with executed() as launches:
+        h = case.data.gate_up_result()
+    assert excess(h, case.data.gate_up_wanted()) <= F32_ERROR
+    unique, lines = streamed(launches[0])
+    assert unique == case.data.streamed_bytes(case.data.gate_up, case.data.shared_gate_up)
+    assert lines <= 1.25 * unique
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_agrees_with_float64(case: Case) -> None:
+    wanted = case.data.gate_up_wanted()
+    error = np.linalg.norm(exact(case.data.gate_up_result()) - wanted)
+    assert error <= REFERENCE[case.dtype] * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(9),
+        Case(2, routed=affine(3, 32)),
+        Case(2, shared=Format("mxfp8", 8, 32)),
+        Case(2, inner=65, shared_inner=32),
+    ],
+    ids=["nine tokens", "three bits", "float format", "odd width"],
+)
+def test_what_the_kernel_does_not_know_takes_the_reference(case: Case) -> None:
+    data = case.data
+    before = data.gate_up_result()
+    with emulated() as launches:
+        library.use(KERNELS)
+        try:
+            after = data.gate_up_result()
+        finally:
+            library.use(())
+    assert not launches
+    assert mx.array_equal(before, after)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_definition_unpacks_as_mlx_does(bits: int) -> None:
+    matrix = draw_packed(np.random.default_rng(3), (6, 192), affine(bits, 64), F32)
+    assert matrix.scales is not None
+    theirs = mx.dequantize(matrix.weight, matrix.scales, matrix.biases, group_size=64, bits=bits)
+    np.testing.assert_allclose(unpacked(matrix), np.array(theirs), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,208 @@
+"""The k largest logits: the Metal source and the MLX form against a stable sort in float64."""
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from metal_cpu import Launch, emulated, require_clean
+from qwen35_mlx.kernels import library
+from qwen35_mlx.kernels.top_k import BLOCK, _plan, launch, reference, top_k
+
+TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# Batch, vocabulary, k: under 8 logits; a block more or less; a simdgroup of the first launch more
+# or less; fewer blocks than k and more; 8 and 16 logits per thread of the second launch.
+SHAPES = [
+    (1, 1, 1),
+    (1, 7, 7),
+    (2, 4, 3),
+    (3, 127, 2),
+    (1, 128, 1),
+    (2, 129, 20),
+    (1, 1023, 5),
+    (1, 1024, 8),
+    (2, 1027, 9),
+    (1, 4101, 32),
+    (1, 4300, 33),
+]
+LARGE = [(1, 8321, 64), (2, 8191, 64), (1, 33_000, 20), (3, 5000, 1), (1, 40_001, 47)]
+FAMILY = [(248_320, 20), (248_077, 20), (248_320, 64), (248_320, 1)]
+SCHEDULES = ["forward", "reverse", 7]  # the seed of a random one
+
+
+def logits(B: int, V: int, kind: str, step: float = 0.0) -> mx.array:
+    """Normal values; with `step` on a grid of that distance, so that many are equal."""
+    x = np.random.default_rng(V).normal(size=(B, V)) * 4
+    if step:
+        x = np.round(x / step) * step
+    return mx.array(x.astype(np.float32)).astype(TYPES[kind])
+
+
+def clean(launches: list[Launch] | None) -> None:
+    """Of the launches on a CPU, that nothing was reported; a GPU reports nothing."""
+    if launches is not None:
+        require_clean(launches)
+
+
+def check(found: tuple[mx.array, mx.array], x: mx.array, k: int) -> None:
+    values, indices = found
+    exact = np.array(x.astype(mx.float32)).astype(np.float64)
+    exact = np.where(np.isnan(exact), -np.inf, exact)
+    wanted = np.argsort(-exact, axis=-1, kind="stable")[:, :k]
+    assert values.dtype == mx.float32 and indices.dtype == mx.uint32
+    assert np.array_equal(np.array(indices), wanted)
+    assert np.array_equal(np.array(values), np.take_along_axis(exact, wanted, axis=-1))
+
+
+def rows_of_trouble(V: int) -> np.ndarray:
+    """All equal, all NaN, mostly NaN, infinities, zeros of both signs, tiny, negative."""
+    draw = np.random.default_rng(V)
+    x = draw.normal(size=(10, V))
+    x[0] = -3.5
+    x[1] = np.nan
+    x[2, draw.permutation(V)[2:]] = np.nan
+    x[3] = np.where(draw.random(V) < 0.5, -np.inf, np.nan)
+    x[4, ::3] = np.inf
+    x[5] = np.where(draw.random(V) < 0.5, 0.0, -0.0)
+    x[6] = draw.integers(-3, 4, size=V) * 1e-37
+    x[7] = -np.arange(V)
+    x[8] = -np.inf
+    x[9] = np.arange(V) - V
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("step", [0.0, 0.5])
+@pytest.mark.parametrize(("B", "V", "k"), SHAPES + LARGE)
+def test_the_reference_is_a_stable_sort(B: int, V: int, k: int, step: float, kind: str) -> None:
+    x = logits(B, V, kind, step)
+    check(reference(x, k, x.shape[1]), x, k)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("B", "V", "k"), SHAPES)
+def test_the_kernel_is_a_stable_sort(
+    B: int, V: int, k: int, kind: str, metal_backend: list[Launch] | None
+) -> None:
+    for step in (0.0, 0.5):
+        x = logits(B, V, kind, step)
+        check(launch(x, k, x.shape[1]), x, k)
+        clean(metal_backend)
+
+
+@pytest.mark.parametrize(("V", "k"), [(300, 3), (301, 1), (1500, 20)])
+def test_ties_infinities_and_nan_are_ordered(
+    V: int, k: int, metal_backend: list[Launch] | None
+) -> None:
+    x = mx.array(rows_of_trouble(V))
+    check(launch(x, k, x.shape[1]), x, k)
+    clean(metal_backend)
+    check(reference(x, k, x.shape[1]), x, k)
+
+
+@pytest.mark.parametrize(("V", "k"), FAMILY)
+def test_the_vocabulary_of_the_family(V: int, k: int) -> None:
+    x = logits(1, V, "bfloat16")
+    with emulated(checked=False):
+        check(launch(x, k, x.shape[1]), x, k)
+    check(reference(x, k, x.shape[1]), x, k)
+
+
+@pytest.mark.parametrize(
+    ("V", "among", "k"),
+    [(9, 8, 8), (300, 1, 1), (257, 256, 3), (256, 255, 3), (1500, 1290, 20), (2600, 1400, 33)],
+)
+def test_only_the_first_of_each_row_count(
+    V: int, among: int, k: int, metal_backend: list[Launch] | None
+) -> None:
+    x = logits(3, V, "float32", 0.5)
+    x[:, among:] = 1e6
+    check(launch(x, k, among), x[:, :among], k)
+    if metal_backend is not None:  # rows as they are, not a copy of their beginnings
+        first = metal_backend[0].buffers["logits"]
+        assert (len(first.touched), first.read.unique) == (x.nbytes, 4 * 3 * among)
+    clean(metal_backend)
+    check(reference(x, k, among), x[:, :among], k)
+
+
+@pytest.mark.parametrize("contract", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_order_of_threads_matters(schedule: str | int, contract: bool) -> None:
+    x = logits(2, 1100, "float16", 0.25)
+    with emulated(schedule=schedule, contract=contract) as launches:
+        check(launch(x, 6, 1100), x, 6)
+    require_clean(launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contract", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("B", "V", "k"), [*SHAPES, *LARGE, (1, 248_077, 20), (1, 248_320, 64)])
+def test_every_shape_type_and_order(
+    B: int, V: int, k: int, kind: str, schedule: str | int, contract: bool
+) -> None:
+    for step in (0.0, 0.5):
+        x = logits(B, V, kind, step)
+        with emulated(schedule=schedule, contract=contract) as launches:
+            check(launch(x, k, x.shape[1]), x, k)
+        require_clean(launches)
+
+
+def test_the_op_uses_the_kernel_only_where_it_fits() -> None:
+    x = logits(1, 700, "bfloat16")
+    used = library._used
+    with emulated() as launches:
+        library.use({"top_k"})
+        try:
+            check(top_k(x, 5), x, 5)
+            assert len(launches) == 2
+            check(top_k(x, 65), x, 65)
+            assert len(launches) == 2
+            check(top_k(x, 5, 600), x[:, :600], 5)
+            assert len(launches) == 4
+        finally:
+            library.use(used)
+    for k, among in [(701, None), (0, None), (5, 4), (5, 701)]:
+        with pytest.raises(ValueError, match=rf"k is {k} among .* <= 700"):
+            top_k(x, k, among)
+    with pytest.raises(ValueError, match=r"expected \[B, V\]"):
+        top_k(x[0], 5)
+
+
+def test_the_second_launch_covers_its_blocks_with_threads_that_stay_inside_one() -> None:
+    for chosen in range(1, 65):
+        threads, each = _plan(chosen)
+        assert threads % 32 == 0 and chosen <= threads <= 512 and BLOCK % each == 0
+        assert threads * each >= chosen * BLOCK
+
+
+def cases() -> list[tuple[str, Callable[[], object], int, int]]:
+    """Label, both launches, and the bytes they must read and write at least."""
+    result: list[tuple[str, Callable[[], object], int, int]] = []
+    for V, k, kind in [
+        (248_320, 20, "bfloat16"),
+        (248_320, 64, "float32"),
+        (248_077, 20, "float32"),
+    ]:
+        x = logits(1, V, kind)
+        result.append((f"top_k {k} of {V} {kind}", partial(launch, x, k, V), x.nbytes, 8 * k))
+    return result
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case[0])
+def test_logits_are_read_once(case: tuple[str, Callable[[], object], int, int]) -> None:
+    _, run, read, written = case
+    with emulated() as launches:
+        run()
+    require_clean(launches)
+    first, second = launches
+    maxima, k = first.buffers["maxima"].written.unique, written // 8
+    assert (first.read.unique, second.written.unique) == (read, written)
+    assert maxima <= 4 * 1940
+    # The second launch reads the maxima and k blocks of the logits.
+    assert second.read.unique - maxima <= k * BLOCK * 4
+    assert first.read.lines + second.read.lines <= 1.06 * read
+    assert second.barriers <= 2 * (32 + 2)
