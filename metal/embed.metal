@@ -4,7 +4,7 @@
 //           y [rows, Hidden]
 // types:    ids uint or int; weight uint; scales, biases any float; y T (float, half, bfloat);
 //           arithmetic in float, one rounding
-// template: T; V; Hidden; Bits (2, 3, 4, 5, 6, 8); Group, a multiple of 8
+// template: T; Hidden; Bits (2, 3, 4, 5, 6, 8); Group, a multiple of 8
 // grid:     (Hidden / 8, rows), any threadgroup: a thread unpacks eight values
 // needs:    8 floats per thread in registers; no threadgroup memory, no barrier
 // traffic:  of each row that is named the packed values, scales and biases, once per id; y written
@@ -15,7 +15,8 @@
   const uint first = thread_position_in_grid.x * 8;
   const size_t at = thread_position_in_grid.y;
   const uint named = uint(ids[at]);
-  const size_t row = named < uint(V) ? named : uint(V - 1);
+  const uint last = weight_shape[0] - 1;
+  const size_t row = named < last ? named : last;
 
   // A row is one stream of bits, low bits first. Eight values are Bits bytes, and these lie in at
   // most two words: neighbouring threads read neighbouring words, whatever Bits is.

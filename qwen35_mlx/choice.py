@@ -50,7 +50,12 @@ def kernels(shapes: Shapes, progress: Progress | None = None) -> frozenset[str]:
 
 
 def has_gpu() -> bool:
-    return mx.metal.is_available()
+    return bool(gpu())
+
+
+def gpu() -> dict[str, Any]:
+    """What MLX says of this machine's GPU; empty without Metal."""
+    return dict(mx.device_info(mx.gpu)) if mx.metal.is_available() else {}
 
 
 def wants_reference() -> bool:
@@ -94,10 +99,9 @@ def remembered(shapes: Shapes) -> list[Verdict] | None:
 
 def combination(shapes: Shapes) -> dict[str, Any]:
     """What a choice holds for."""
-    device = mx.device_info(mx.gpu) if has_gpu() else {}
     return {
-        "chip": device.get("device_name", platform.processor()),
-        "system": platform.mac_ver()[0] or platform.release(),
+        "chip": gpu().get("device_name"),
+        "macos": platform.mac_ver()[0],
         "mlx": version("mlx"),
         "qwen35_mlx": __version__,
         "kernels": _sources(),

@@ -97,11 +97,9 @@ def examined(shapes: "Shapes") -> "list[Verdict]":
 
 
 def _bandwidth() -> float | None:
-    import mlx.core as mx
+    from . import chips, choice
 
-    from . import chips
-
-    device = mx.device_info(mx.gpu)
+    device = choice.gpu()
     return chips.bandwidth(str(device.get("device_name")), int(device.get("memory_size", 0)))
 
 
@@ -123,7 +121,7 @@ def report(
             (
                 v.kernel,
                 v.case,
-                _figure(v.error, "{:.1e}"),
+                "NaN" if v.problem is None and math.isnan(v.error) else _figure(v.error, "{:.1e}"),
                 _figure(v.tolerance, "{:.1e}"),
                 _time(v.seconds),
                 _time(v.reference_seconds),
@@ -148,7 +146,7 @@ def report(
     return "\n".join(
         [
             f"Kernels for {title}",
-            f"{chip}macOS {about['system']}, MLX {about['mlx']}, qwen35-mlx {about['qwen35_mlx']}",
+            f"{chip}macOS {about['macos']}, MLX {about['mlx']}, qwen35-mlx {about['qwen35_mlx']}",
             "",
             *lines,
             "",

@@ -142,7 +142,7 @@ Maker = Callable[[], Trial | None]
 
 def _makers(s: Shapes) -> list[Maker]:
     few_and_many = (*FEW[:1], PROMPT)
-    makers: list[Maker] = [partial(_embed, s, T) for T in few_and_many]
+    makers: list[Maker] = [partial(_embed, s, T) for T in (*FEW, PROMPT)]
     makers += [partial(_add_norm, s, T) for T in few_and_many]
     makers += [partial(_delta_step, s, T) for T in FEW]
     makers += [partial(_delta_prepare, s), partial(_gated_delta, s)]
@@ -244,7 +244,8 @@ def _embed(s: Shapes, T: int) -> Trial | None:
     V = min(s.vocab, 4096)  # rows do not depend on one another
     matrix = draw.matrices(V, s.hidden, packing=s.embedding)
     tokens = mx.concatenate([draw.rows(1, V, min(T, V)), mx.array([[V - 1]], mx.uint32)], axis=1)
-    tokens = tokens[:, -T:]
+    # Drawn ones are unsigned; those of a prompt are not.
+    tokens = tokens[:, -T:].astype(mx.int32 if T == PROMPT else mx.uint32)
     if not embed.fits(tokens, matrix, draw.dtype):
         return None
     row = _nbytes(matrix) // V

@@ -57,7 +57,6 @@ def launch(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:
         inputs=[tokens, *matrix[:3]],
         template=[
             ("T", dtype),
-            ("V", matrix.weight.shape[0]),
             ("Hidden", hidden),
             ("Bits", packing.bits),
             ("Group", packing.group_size),
