@@ -5,7 +5,8 @@
 # make bench-peers  speed and memory beside mlx-lm and mlx-vlm, on random weights
 # make bench-cold   from the start of the process to the first token, beside mlx-lm
 # make bench-convert  conversions: time and memory beside the peers, 397B's widths, same logits, demo
-# make bench-kernels  bytes, lines and barriers of every Metal kernel, executed on the CPU
+# make bench-kernels  bytes, lines and barriers of every Metal kernel, executed on the CPU; the
+#                     recurrence beside that of mlx-lm and MLX
 # make bench-launches  launches per decoded token beside mlx-lm and mlx-vlm
 # make bench-demo   how often the demonstration model is right
 # Everything is installed into .venv (goldens, bench: .venv-goldens, .venv-bench), once, and again
@@ -30,7 +31,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -12
+	@sed -n 's/^# //p' Makefile | head -13
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m qwen35_mlx.generate --model examples/demo-model \
@@ -66,8 +67,10 @@ bench-convert: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/same_logits.py
 	$(BENCH)/bin/python benchmarks/converted_accuracy.py
 
-bench-kernels: $(VENV)/.installed-test
-	$(VENV)/bin/python benchmarks/kernel_traffic.py
+bench-kernels: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/kernel_traffic.py
+	$(BENCH)/bin/python benchmarks/delta_traffic.py --tokens 1
+	$(BENCH)/bin/python benchmarks/delta_traffic.py --tokens 128
 
 bench-launches: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/launches_beside_peers.py $(ARGS)
@@ -99,7 +102,7 @@ $(GOLDENS)/.installed: pyproject.toml Makefile | $(GOLDENS)/bin/python
 
 $(BENCH)/.installed: pyproject.toml Makefile | $(BENCH)/bin/python
 	@echo "installing $(PEERS) into $(BENCH)"
-	@$(BENCH)/bin/python -m pip install $(PIP_FLAGS) $(PEERS) -e .
+	@$(BENCH)/bin/python -m pip install $(PIP_FLAGS) $(PEERS) -e '.[test]'
 	@touch $@
 
 $(VENV)/bin/python $(GOLDENS)/bin/python $(BENCH)/bin/python:

@@ -3,8 +3,9 @@
 python benchmarks/delta_traffic.py [--tokens 128] [--type bfloat16] [--heads 16,32]
 
 Executes three Metal kernels on the CPU, checked: ours, mlx-lm's packed one and MLX's
-`gated_delta_fused_chunk`. Prints what was counted, and the largest error of o and of the state
-against float64. mlx-lm must be installed. These are counts, not times: no GPU is involved.
+`gated_delta_fused_chunk`. Prints what was counted, and the error of o and of the state against
+float64. For up to 8 tokens also our `delta_step`, which does the convolution, the norms, the gates
+and the gated norm in the same launch. These are counts, not times: no GPU is involved.
 """
 
 import argparse
@@ -21,11 +22,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from delta_float64 import KINDS, as_float64, recurrence  # noqa: E402
+from delta_float64 import KINDS, as_float64, recurrence, step  # noqa: E402
 from metal_cpu import Launch, emulated, require_clean  # noqa: E402
+from qwen35_mlx.kernels import delta_step  # noqa: E402
 from qwen35_mlx.kernels.gated_delta import launch  # noqa: E402
+from test_kernel_delta_step import arguments, numbers, run  # noqa: E402
 
 D = 128  # both dims, in all sizes of the family
+ROW = "{:<24} {:>13} {:>13} {:>12} {:>10} {:>9} {:>7} {:>7} {:>9} {:>9}"
+COLUMNS = (
+    *("lines read", "lines written", "unique", "products", "barriers", "groups", "threads"),
+    *("error o", "state"),
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,25 @@ def _error(found: mx.array, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(as_float64(found) - wanted) / np.linalg.norm(wanted))
 
 
+def whole_step(T: int, Hk: int, Hv: int, kind: str) -> tuple[Launch, float, float]:
+    """`delta_step` on random inputs of its own."""
+    given = arguments((1, T, Hk, Hv, D, D), kind)
+    with emulated() as launches:
+        y, _, memory = run(delta_step.launch, given)
+    require_clean(launches)
+    exact: dict[str, Any] = {name: as_float64(value) for name, value in given.items()}
+    wanted = step(**exact, **numbers(given))
+    return launches[0], _error(y, wanted[0]), _error(memory, wanted[2])
+
+
+def _row(name: str, seen: Launch, *errors: float) -> str:
+    group = seen.threadgroup[0] * seen.threadgroup[1]
+    groups = seen.threads // group
+    counts = [seen.read.lines, seen.written.lines, seen.read.unique + seen.written.unique]
+    counts += [seen.matrix_ops, seen.barriers // groups, groups, group]
+    return ROW.format(name, *(f"{n:,}" for n in counts), *(f"{error:.1e}" for error in errors))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--tokens", type=int, default=128)
@@ -150,19 +177,13 @@ def main() -> None:
         x = sample(given.tokens, Hk, Hv, kind)
         print(f"T {given.tokens}, {Hk} key and {Hv} value heads of {D}, {kind}")
         print(f"needed once: {x.needed:,} bytes")
-        row = "{:<24} {:>13} {:>13} {:>12} {:>10} {:>9} {:>7} {:>7} {:>9} {:>9}"
-        names = "lines read,lines written,unique,products,barriers,groups,threads,error o,state"
-        print(row.format("", *names.split(",")))
+        print(ROW.format("", *COLUMNS))
         # Theirs rewrites shared memory with no barrier after its last reads; matrix operations in
         # between order it in practice.
         for op in (ours, mlx_lm_packed, mlx_fused_chunk):
-            seen, error, state_error = measured(op, x, simd_orders=op is mlx_fused_chunk)
-            group = seen.threadgroup[0] * seen.threadgroup[1]
-            groups = seen.threads // group
-            counts = [seen.read.lines, seen.written.lines, seen.read.unique + seen.written.unique]
-            counts += [seen.matrix_ops, seen.barriers // groups, groups, group]
-            errors = [f"{error:.1e}", f"{state_error:.1e}"]
-            print(row.format(op.__name__, *(f"{n:,}" for n in counts), *errors))
+            print(_row(op.__name__, *measured(op, x, simd_orders=op is mlx_fused_chunk)))
+        if given.tokens <= delta_step.MAX_TOKENS:
+            print(_row("ours, the whole step", *whole_step(given.tokens, Hk, Hv, kind)))
         print()
 
 

@@ -22,6 +22,7 @@ import test_kernel_embed  # noqa: E402
 import test_kernel_gated_delta  # noqa: E402
 import test_kernel_top_k  # noqa: E402
 from metal_cpu import Launch, emulated, require_clean  # noqa: E402
+from qwen35_mlx.kernels import library  # noqa: E402
 
 MODULES = (
     test_kernel_embed,
@@ -37,6 +38,7 @@ COLUMNS = ("must read", "unique", "lines", "must write", "unique", "lines", "bar
 
 
 def main() -> None:
+    library.use(path.stem for path in (ROOT / "metal").glob("*.metal"))
     print(f"{'':58}" + "".join(f"{name:>12}" for name in COLUMNS))
     for module in MODULES:
         for label, op, read, written in module.cases():

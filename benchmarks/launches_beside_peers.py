@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen35_mlx import bench, family, graph, launches, stand_ins
+from qwen35_mlx import bench, graph, launches, stand_ins
 from qwen35_mlx.bench import Part
 
 # Modules with compiled functions and kernels decide at import where they run.
@@ -27,6 +27,8 @@ with stand_ins.as_on_metal():
     import mlx_vlm.models.qwen3_5_moe
     from mlx.utils import tree_map_with_path
     from qwen35_mlx.convert import published
+
+    from qwen35_mlx import family
 
 Tree = dict[str, Any]
 Step = Callable[[Tree], Any]
