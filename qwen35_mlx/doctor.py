@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .proof import Verdict
     from .trials import Shapes
 
-HEADINGS = ("kernel", "tried with", "error", "allowed", "kernel", "MLX", "GB/s", "of chip", "used")
+HEADINGS = ("kernel", "tried with", "error", "allowed", "time", "MLX's", "GB/s", "of chip", "used")
 NO_GPU = (
     "Metal is not available on this machine: MLX's own operations are used throughout, and there "
     "is nothing to check."
@@ -156,7 +156,7 @@ def report(
 
 
 def _figure(value: float, form: str) -> str:
-    return form.format(value) if math.isfinite(value) else "-"
+    return "0" if value == 0 else form.format(value) if math.isfinite(value) else "-"
 
 
 def _time(seconds: float) -> str:

@@ -102,9 +102,8 @@ def examine(trial: Trial, clock: Clock = time.perf_counter) -> Verdict:
     kinds = [array.dtype for array in trial.reference(0)]
     wanted = trial.exact(0)
     mx.eval(wanted)
-    # max keeps the first of what cannot be compared, so NaN comes first.
     errors = [_error(arrays, wanted, kinds) for arrays in found]
-    error, tolerance = max(errors, key=lambda e: math.inf if math.isnan(e[0]) else e[0] / e[1])
+    error, tolerance = max(errors, key=lambda found: _excess(*found))
     if not error <= tolerance:  # also NaN
         return Verdict(*tell, error, tolerance)
     ours, theirs = _times((trial.launch, trial.reference), trial.nbytes, clock)
@@ -117,7 +116,7 @@ def _error(
     """Error and tolerance of the worst output; infinite where shape or type is another's."""
     worst = (0.0, TOLERANCES[mx.float32])
     for ours, exact, kind in zip(found, wanted, kinds, strict=True):
-        tolerance = TOLERANCES.get(kind, 0.5)  # of whole numbers: all of them
+        tolerance = TOLERANCES.get(kind, 0.0)  # whole numbers are equal or wrong
         if (ours.shape, ours.dtype) != (exact.shape, kind):
             return math.inf, tolerance
         if not mx.issubdtype(kind, mx.floating):
@@ -126,11 +125,13 @@ def _error(
             ours, exact = ours.astype(mx.float32), exact.astype(mx.float32)
             largest = mx.maximum(mx.abs(exact).max(), 1e-30)
             error = float(np.array(mx.abs(ours - exact).max() / largest))
-        if math.isnan(error):
-            return error, tolerance
-        if error / tolerance >= worst[0] / worst[1]:
-            worst = (error, tolerance)
+        worst = max(worst, (error, tolerance), key=lambda found: _excess(*found))
     return worst
+
+
+def _excess(error: float, tolerance: float) -> float:
+    """The error beside what is allowed; infinite where it is NaN."""
+    return math.inf if math.isnan(error) else error / max(tolerance, 1e-30)
 
 
 def _times(ops: Sequence[Op], nbytes: int, clock: Clock) -> list[float]:
