@@ -38,7 +38,7 @@ COLUMNS = ("must read", "unique", "lines", "must write", "unique", "lines", "bar
 
 
 def main() -> None:
-    library.use(path.stem for path in (ROOT / "metal").glob("*.metal"))
+    library.use(library.names())
     print(f"{'':58}" + "".join(f"{name:>12}" for name in COLUMNS))
     for module in MODULES:
         for label, op, read, written in module.cases():

@@ -7,12 +7,7 @@
 // needs:    eight floats per thread in registers; no threadgroup memory, no barrier
 // traffic:  y_sorted and shared_out once, y once
 // checked:  executed on the CPU only
-
-template <typename T>
-inline float4 four(const device T* p) {
-  const auto v = *reinterpret_cast<const device vec<T, 4>*>(p);
-  return float4(float(v.x), float(v.y), float(v.z), float(v.w));
-}
+// with:     loads
 
 // body
   const uint column = 4 * thread_position_in_grid.x;

@@ -10,6 +10,7 @@
 //           chosen one simd_max and one simd_min
 // traffic:  logits and x once, gate once per token
 // checked:  executed on the CPU only
+// with:     loads
 
 // Orders as the float does, NaN above all, so that it is seen. 0 is below every float.
 inline uint key_of(float x) {
@@ -19,12 +20,6 @@ inline uint key_of(float x) {
 }
 inline float float_of(uint key) {
   return as_type<float>(key >> 31 ? key ^ 0x80000000u : ~key);
-}
-
-template <typename T>
-inline float4 four(const device T* p) {
-  const auto v = *reinterpret_cast<const device vec<T, 4>*>(p);
-  return float4(float(v.x), float(v.y), float(v.z), float(v.w));
 }
 
 // body

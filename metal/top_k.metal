@@ -1,16 +1,16 @@
-// equation: the K largest of a row, largest first, of equals the lower index first. They lie in
-//           the K blocks of 128 with the largest maxima (a block behind those has K better
-//           elements before it), so these blocks are chosen, and the K are chosen among them
-// shapes:   logits [B, Width], of which the first Size of a row count; maxima [B, Blocks] of
-//           top_k_blocks.metal; values, indices [B, K]
-// types:    logits float, half or bfloat; maxima, values float; indices uint
-// template: Width; Size; Blocks; K <= Size; Bits of the logits that are not always zero as float
-//           (32, 19 for half, 16 for bfloat); Threads, a multiple of 32; Each, a power of two up
-//           to 128: Threads * Each >= 128 * min(K, Blocks)
-// grid:     (Threads, B), threadgroup (Threads, 1): one per row
-// needs:    max(Each, Blocks / Threads) uints per thread in registers; 960 bytes of threadgroup
-//           memory at K = 64; twice up to Bits + 2 barriers, each with two simd_sum
-// traffic:  per row maxima and 128 min(K, Blocks) logits read, 8 K bytes written
+// equation: the k largest of a row, largest first, of equals the lower index first. They lie in
+//           the k blocks of 128 with the largest maxima (a block behind those has k better
+//           elements before it), so these blocks are chosen, and the k are chosen among them
+// shapes:   logits [B, Width], of which the first `size` of a row count; maxima [B, blocks] of
+//           top_k_blocks.metal; size, k scalars, k <= 64, k <= size; values, indices [B, k]
+// types:    logits float, half or bfloat; maxima, values float; indices uint; size, k int
+// template: Width; Bits of the logits that are not always zero as float (32, 19 for half, 16 for
+//           bfloat); Each, a power of two up to 128, and Maxima, what a thread holds of each
+// grid:     (threads, B), threadgroup (threads, 1), a multiple of 32 up to 512: one per row;
+//           threads * Each >= 128 * min(k, blocks), threads * Maxima >= blocks
+// needs:    max(Each, Maxima) uints per thread in registers; 960 bytes of threadgroup memory; twice
+//           up to Bits + 2 barriers, each with two simd_sum
+// traffic:  per row maxima and 128 min(k, blocks) logits read, 8 k bytes written
 // checked:  executed on the CPU only
 
 // A larger float has a larger key. -0 has the key of 0, NaN that of -infinity; none has 0. Of the
@@ -30,13 +30,17 @@ METAL_FUNC float value_of(uint key) {
   return as_type<float>(bits >> (32 - Bits) << (32 - Bits));
 }
 
-// Sum over a threadgroup of Groups simdgroups. `scratch [Groups]` is not that of the last call.
-template <int Groups>
-METAL_FUNC uint total(uint mine, threadgroup uint* scratch, uint lane, uint group) {
+// Where a thread stands among the simdgroups of its threadgroup.
+struct Place {
+  uint lane, group, groups;
+};
+
+// Sum over a threadgroup. `scratch [groups]` is not that of the last call.
+METAL_FUNC uint total(uint mine, threadgroup uint* scratch, Place me) {
   mine = simd_sum(mine);
-  if (lane == 0) scratch[group] = mine;
+  if (me.lane == 0) scratch[me.group] = mine;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  return simd_sum(lane < uint(Groups) ? scratch[lane] : 0u);
+  return simd_sum(me.lane < me.groups ? scratch[me.lane] : 0u);
 }
 
 // Which keys are taken, and where those of this thread go.
@@ -55,15 +59,15 @@ METAL_FUNC bool takes(thread Cut& cut, uint key) {
 
 // The cut below the `wanted` largest of all threads' keys, of equals the first in the order of
 // threads and then of registers. The key is found bit by bit: the largest that so many reach.
-template <int Bits, int Groups, int Count>
+template <int Bits, int Count>
 METAL_FUNC Cut cut_of(
-    thread const uint* keys, uint wanted, threadgroup uint* scratch, uint lane, uint group) {
+    thread const uint* keys, uint wanted, threadgroup uint* scratch, Place me) {
   uint key = 0;
   for (int bit = Bits - 1; bit >= 0; --bit) {
     const uint trial = key | (1u << bit);
     uint mine = 0;
     for (int i = 0; i < Count; ++i) mine += keys[i] >= trial;
-    const uint reached = total<Groups>(mine, scratch + (bit & 1) * Groups, lane, group);
+    const uint reached = total(mine, scratch + (bit & 1) * me.groups, me);
     if (reached >= wanted) key = trial;
     if (reached == wanted) break;
   }
@@ -75,9 +79,9 @@ METAL_FUNC Cut cut_of(
   // Both in one sum: neither reaches 2^16.
   const uint mine = above << 16 | equal;
   const uint earlier_lanes = simd_prefix_exclusive_sum(mine);
-  scratch += 2 * Groups;
-  const uint all = total<Groups>(mine, scratch, lane, group);
-  const uint before = earlier_lanes + simd_sum(lane < group ? scratch[lane] : 0u);
+  scratch += 2 * me.groups;
+  const uint all = total(mine, scratch, me);
+  const uint before = earlier_lanes + simd_sum(me.lane < me.group ? scratch[me.lane] : 0u);
   Cut cut;
   cut.key = key;
   cut.equal = wanted - (all >> 16);
@@ -87,41 +91,42 @@ METAL_FUNC Cut cut_of(
 }
 
 // body
-  constexpr int Groups = Threads / 32;
-  constexpr int Chosen = K < Blocks ? K : Blocks;
-  constexpr int Maxima = (Blocks + Threads - 1) / Threads;
-  threadgroup uint scratch[3 * Groups];
-  threadgroup uint blocks[Chosen];
-  threadgroup uint best[K];
-  threadgroup uint found[K];
-  const uint lane = thread_index_in_simdgroup;
-  const uint group = simdgroup_index_in_threadgroup;
+  threadgroup uint scratch[3 * 16];
+  threadgroup uint chosen[64];
+  threadgroup uint best[64];
+  threadgroup uint found[64];
   const uint me = thread_position_in_threadgroup.x;
   const size_t row = thread_position_in_grid.y;
+  const uint count = size, wanted = k, blocks = (count + 127) / 128;
+  const uint of_blocks = min(wanted, blocks);
+  Place place;
+  place.lane = thread_index_in_simdgroup;
+  place.group = simdgroup_index_in_threadgroup;
+  place.groups = threads_per_threadgroup.x / 32;
 
   uint heads[Maxima];
   for (int i = 0; i < Maxima; ++i) {
     const uint at = me * Maxima + i;
-    heads[i] = at < uint(Blocks) ? key_of<Bits>(maxima[row * Blocks + at]) : 0;
+    heads[i] = at < blocks ? key_of<Bits>(maxima[row * blocks + at]) : 0;
   }
-  Cut cut = cut_of<Bits, Groups, Maxima>(heads, Chosen, scratch, lane, group);
+  Cut cut = cut_of<Bits, Maxima>(heads, of_blocks, scratch, place);
   for (int i = 0; i < Maxima; ++i) {
-    if (takes(cut, heads[i])) blocks[cut.place++] = me * Maxima + i;
+    if (takes(cut, heads[i])) chosen[cut.place++] = me * Maxima + i;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // In the order of their indices: the blocks are, and a thread's logits lie in one block.
   const uint slot = me * Each / 128;
-  const uint first = slot < uint(Chosen) ? blocks[slot] * 128 + me * Each % 128 : uint(Size);
+  const uint first = slot < of_blocks ? chosen[slot] * 128 + me * Each % 128 : count;
   uint keys[Each];
-  if (first + Each <= uint(Size)) {
+  if (first + Each <= count) {
     for (int i = 0; i < Each; ++i) keys[i] = key_of<Bits>(float(logits[row * Width + first + i]));
   } else {
     for (int i = 0; i < Each; ++i) {
-      keys[i] = first + i < uint(Size) ? key_of<Bits>(float(logits[row * Width + first + i])) : 0;
+      keys[i] = first + i < count ? key_of<Bits>(float(logits[row * Width + first + i])) : 0;
     }
   }
-  cut = cut_of<Bits, Groups, Each>(keys, K, scratch, lane, group);
+  cut = cut_of<Bits, Each>(keys, wanted, scratch, place);
   for (int i = 0; i < Each; ++i) {
     if (takes(cut, keys[i])) {
       best[cut.place] = keys[i];
@@ -130,11 +135,11 @@ METAL_FUNC Cut cut_of(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  if (me < uint(K)) {
+  if (me < wanted) {
     uint rank = 0;
-    for (uint i = 0; i < uint(K); ++i) {
+    for (uint i = 0; i < wanted; ++i) {
       rank += best[i] > best[me] || (best[i] == best[me] && i < me);
     }
-    values[row * K + rank] = value_of<Bits>(best[me]);
-    indices[row * K + rank] = found[me];
+    values[row * wanted + rank] = value_of<Bits>(best[me]);
+    indices[row * wanted + rank] = found[me];
   }

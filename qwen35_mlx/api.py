@@ -34,8 +34,8 @@ Reason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Something long is under way. `stage` is `kernels` (the first load on a Mac tries them, for
-    seconds), `load` (bytes) or `prompt` (tokens).
+    """Something long is under way. `stage` is `kernels` (the first load on a Mac tries
+    them), `load` (bytes) or `prompt` (tokens).
     """
 
     stage: Stage

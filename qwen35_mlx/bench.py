@@ -189,9 +189,10 @@ def measured(
     from . import stand_ins
 
     with stand_ins.as_on_metal():
-        from . import family, graph, launches, shapes, subject
+        from . import decode_step, family, graph, launches, subject
+        from .kernels import library
 
-        if not shapes.is_on_metal():
+        if not decode_step.is_on_metal():
             raise ValueError(
                 "the model was imported before; count launches in a process of its own"
             )
@@ -199,8 +200,12 @@ def measured(
         text = config.text
         size = family.identify(text.hidden_size, text.num_hidden_layers, text.num_experts)
         sampling = family.recommended(size if sampled else None, thinking=True)
-        step, given = shapes.decode(config, formats, context, sampling, kernels=not reference)
-        traced = graph.traced(step, given)
+        kernels = not reference
+        step, given = decode_step.decode(config, formats, context, sampling, kernels)
+        try:
+            traced = graph.traced(step, given)
+        finally:
+            library.use(())  # `decode` took all of them into use
         found = by_part(traced, launches.counted(traced))
     return f"{title}, after {context:,} tokens", found
 

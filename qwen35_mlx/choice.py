@@ -7,18 +7,17 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from . import files, proof, trials
+from . import apart, files, proof
 from .errors import ModelError
 from .kernels import library
 from .proof import Verdict
-from .trials import Shapes
+from .shapes import Shapes
 from .version import __version__
 
 REFERENCE = "QWEN35_REFERENCE"
@@ -26,27 +25,22 @@ Progress = Callable[[int, int], None]
 
 
 def use(shapes: Shapes, progress: Progress | None = None) -> None:
-    """Let a model that is being loaded use its `kernels`, from now on and in this process."""
-    if has_gpu():
-        library.allow(kernels(shapes, progress))
+    """Let a model that is being loaded use what is right and fast here; nothing without a GPU.
 
-
-def kernels(shapes: Shapes, progress: Progress | None = None) -> frozenset[str]:
-    """Names of the kernels to use; none without a GPU, or where $QWEN35_REFERENCE says so.
-
-    progress: called with trials done, and in all, if they have to be made, which takes seconds.
+    progress: called with trials done, and in all, if they have to be made, which takes a while.
     """
     if not has_gpu() or wants_reference():
-        return frozenset()
+        return
     verdicts = remembered(shapes)
     if verdicts is None:
-        if not proof.can_examine_apart():
-            return frozenset()
         try:
             verdicts = examined(shapes, progress)
         except (OSError, RuntimeError):
-            return frozenset()  # MLX's own operations are right, and `doctor` says what is wrong
-    return proof.chosen(verdicts)
+            # MLX's own operations are right, and `doctor` says what is wrong.
+            library.allow((), library.names())
+            return
+    chosen = proof.chosen(verdicts)
+    library.allow(chosen, {verdict.kernel for verdict in verdicts} - chosen)
 
 
 def has_gpu() -> bool:
@@ -54,43 +48,36 @@ def has_gpu() -> bool:
 
 
 def gpu() -> dict[str, Any]:
-    """What MLX says of this machine's GPU; empty without Metal."""
-    return dict(mx.device_info(mx.gpu)) if mx.metal.is_available() else {}
+    """What MLX says of the GPU that it computes on; empty where that is not one with Metal."""
+    is_used = mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
+    return dict(mx.device_info(mx.gpu)) if is_used else {}
 
 
 def wants_reference() -> bool:
+    """Whether $QWEN35_REFERENCE forbids kernels."""
     return os.environ.get(REFERENCE, "0") not in ("", "0")
 
 
 def examined(shapes: Shapes, progress: Progress | None = None) -> list[Verdict]:
     """Try every kernel on this GPU now, and remember what came out.
 
-    Raises: OSError, RuntimeError as `proof.examine_apart`.
+    Raises: OSError, RuntimeError as `apart.verdicts`.
     """
-    total, done = trials.count(shapes), 0
-
-    def count(_: Verdict) -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
-    verdicts = proof.examine_apart(shapes, progress=count)
-    if progress:
-        progress(total, total)  # also what these shapes do not need
+    verdicts = apart.verdicts(shapes, progress=progress)
     with suppress(OSError):  # a home that cannot be written to: tried again next time
-        _remember(shapes, verdicts)
+        _remember(combination(shapes), verdicts)
     return verdicts
 
 
 def remembered(shapes: Shapes) -> list[Verdict] | None:
     """What an earlier trial of this combination showed; None if there was none."""
-    path = _path(shapes)
+    wanted = combination(shapes)
+    path = _path(wanted)
     if not path.is_file():
         return None
     try:
         kept = files.read_json(path)
-        if kept["combination"] != combination(shapes):
+        if kept["combination"] != wanted:
             return None
         return [Verdict(**verdict) for verdict in kept["verdicts"]]
     except (ModelError, KeyError, TypeError):  # damaged: as if there were none
@@ -102,7 +89,7 @@ def combination(shapes: Shapes) -> dict[str, Any]:
     return {
         "chip": gpu().get("device_name"),
         "macos": platform.mac_ver()[0],
-        "mlx": version("mlx"),
+        "mlx": mx.__version__,  # type: ignore[attr-defined]
         "qwen35_mlx": __version__,
         "kernels": _sources(),
         "shapes": json.loads(json.dumps(asdict(shapes))),
@@ -119,14 +106,14 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def _path(shapes: Shapes) -> Path:
-    text = json.dumps(combination(shapes), sort_keys=True)
+def _path(wanted: dict[str, Any]) -> Path:
+    text = json.dumps(wanted, sort_keys=True)
     return files.home() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _remember(shapes: Shapes, verdicts: Sequence[Verdict]) -> None:
-    path = _path(shapes)
-    kept = {"combination": combination(shapes), "verdicts": [asdict(v) for v in verdicts]}
+def _remember(wanted: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
+    path = _path(wanted)
+    kept = {"combination": wanted, "verdicts": [asdict(verdict) for verdict in verdicts]}
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -15,7 +15,7 @@ from . import terminal
 
 if TYPE_CHECKING:
     from .proof import Verdict
-    from .trials import Shapes
+    from .shapes import Shapes
 
 HEADINGS = ("kernel", "tried with", "error", "allowed", "time", "MLX's", "GB/s", "of chip", "used")
 NO_GPU = (
@@ -44,23 +44,24 @@ class Command(click.Command):
 def command(model: str, bits: int | None, recipe: str | None, as_json: bool) -> int:
     """Check and time every Metal kernel on this very GPU, with the shapes of MODEL.
 
-    MODEL is a size (4b unless said), a Hub id or a local folder; no weights are read. A kernel is
-    used where its results are those of MLX's own operations and it is at least as fast; otherwise
-    these run in its place. What is found is remembered for this chip, macOS, MLX and version, and
-    loading a model does the same when it is not known yet. QWEN35_REFERENCE=1 uses no kernel.
+    MODEL is a size (4b unless said) as `generate` takes it, a Hub id or a local folder; no weights
+    are read. A kernel is used if its results are those of MLX's own operations and it is at least
+    as fast in all that it was tried with together; otherwise these run in its place. What is found
+    is remembered for this chip, macOS, MLX and version, and the first load of a model does the same
+    by itself. QWEN35_REFERENCE=1 uses no kernel.
 
     The makers have executed every kernel's Metal source on a CPU, and none on an Apple GPU yet:
     this check, on your Mac, is the first.
     """
-    from . import choice, subject, trials
+    from . import choice, shapes, subject
 
-    title, config, formats = subject.of(model, bits, recipe)
+    title, config, formats = subject.as_loaded(model, bits, recipe)
     if not choice.has_gpu():
         print(json.dumps({"metal": False}) if as_json else NO_GPU)
         return 0
-    shapes = trials.shapes_of(config, formats, trials.DTYPES[config.dtype])
-    verdicts = examined(shapes)
-    about = choice.combination(shapes)
+    asked = shapes.shapes_of(config, formats, shapes.DTYPES[config.dtype])
+    verdicts = examined(asked)
+    about = choice.combination(asked)
     off = choice.wants_reference()
     if as_json:
         print(json.dumps(_as_json(title, about, verdicts, off)))
@@ -89,8 +90,8 @@ def examined(shapes: "Shapes") -> "list[Verdict]":
         return choice.examined(shapes, lambda done, total: stage.report("kernels", done, total))
     except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"kernels: cannot be tried in a process of their own ({error}); expected "
-            f"{sys.executable} to run qwen35_mlx.trials. MLX's own operations are used until then."
+            f"kernels: cannot be tried in a process of their own: {error}; expected a Python that "
+            "runs qwen35_mlx.trials. MLX's own operations are used until then."
         ) from None
     finally:
         bar.close()
@@ -115,7 +116,10 @@ def report(
 
     used = proof.chosen(verdicts)
     rows = [HEADINGS]
+    silent = [v for v in verdicts if v.is_right and math.isnan(v.seconds)]
     for v in verdicts:
+        if v in silent:
+            continue
         speed = v.nbytes / v.seconds / 1e9 if v.seconds > 0 else math.nan
         rows.append(
             (
@@ -141,6 +145,8 @@ def report(
     kernels = {v.kernel for v in verdicts}
     chip = f"{about['chip']}, " + (f"{bandwidth:g} GB/s, " if bandwidth else "")
     last = f"{len(used)} of {len(kernels)} kernels are used; MLX's own operations for the rest."
+    if silent:
+        last = f"{len(silent)} further cases were compared only, and are right. {last}"
     if off:
         last = "QWEN35_REFERENCE is set: no kernel is used, whatever the table says."
     return "\n".join(

@@ -53,7 +53,7 @@ def read_prompt(
     for start in range(0, T, CHUNK):
         _check(cancel)
         stop = min(start + CHUNK, T)
-        x = model.embed(mx.array(prompt.tokens[None, start:stop]))
+        x = model.embed(mx.array(prompt.tokens[None, start:stop].astype(np.uint32)))
         first, last = np.searchsorted(rows, (start, stop))
         if last > first:
             x[0, mx.array(rows[first:last] - start)] = features[first:last].astype(x.dtype)

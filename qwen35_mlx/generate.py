@@ -87,7 +87,7 @@ def _known_dtype(ctx: click.Context, option: click.Parameter, name: str | None) 
     """One of the loader's types, which is imported only for a name: it takes a while."""
     if name is None:
         return None
-    from .loader import DTYPES
+    from .shapes import DTYPES
 
     return click.Choice(list(DTYPES)).convert(name, option, ctx)
 
@@ -214,7 +214,7 @@ def _as_typed(message: str, media: tuple[tuple[str, str], ...]) -> str:
 def _load(request: Request, stage: terminal.Stage) -> "tuple[Qwen35, str]":
     """The model, and the folder or repository it came from; says so when it was not typed."""
     from . import api, hub
-    from .loader import DTYPES
+    from .shapes import DTYPES
 
     choice = hub.resolve(_default_model() if request.model is None else request.model)
     if not request.quiet:

@@ -66,9 +66,8 @@ def resolve(name: str) -> Choice:
     if name and os.path.isfile(path / "config.json"):
         return Choice(name, "local folder", folder=path)
     if size is not None:
-        for folder in _conversions():
-            if _is_size(folder, size):
-                return Choice(name, f"newest local conversion of {size.name}", folder=folder)
+        if (made := conversion(size)) is not None:
+            return Choice(name, f"newest local conversion of {size.name}", folder=made)
         instead = f"Try {size.hf_id}, the original weights."
         return _hub(name, size.mlx_id, f"the 4-bit folder of {size.name}", instead)
     if name and os.path.isdir(path):
@@ -112,6 +111,11 @@ def download(choice: Choice, progress: Callable[[int, int], None] | None = None)
 def models() -> Path:
     """Folder of the conversions made on this machine: `$QWEN35_HOME/models`."""
     return home() / "models"
+
+
+def conversion(size: family.Size) -> Path | None:
+    """The newest complete conversion of a size on this machine."""
+    return next((folder for folder in _conversions() if _is_size(folder, size)), None)
 
 
 def is_complete(folder: Path) -> bool:

@@ -7,15 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import checkpoint, choice, family, memory, shards, trials
+from . import checkpoint, choice, family, memory, shards
 from .config import Config
 from .errors import InputError, ModelError
 from .layers import matrix
 from .layers.moe import GroupedLinear
 from .model import Model
 from .packing import Format, Quantization, measured
-
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+from .shapes import DTYPES, shapes_of
 
 
 def load(
@@ -48,7 +47,7 @@ def load(
     _compare(model, arrays, folder)
     model.load_weights(list(arrays.items()))
     # Before the weights fill the memory.
-    choice.use(trials.shapes_of(config, _formats(model), dtype), trying)
+    choice.use(shapes_of(config, _formats(model), dtype), trying)
     arrays.clear()  # what is joined would otherwise stay in memory beside its parts
     model.join()
     if not mx.metal.is_available():
@@ -60,7 +59,7 @@ def load(
 def _own_dtype(config: Config) -> mx.Dtype:
     if config.quantization and not mx.metal.is_available():
         return mx.float32  # MLX's packed product on the CPU takes 6 to 9 times as long in bf16
-    return DTYPES.get(config.dtype, mx.bfloat16)
+    return DTYPES[config.dtype]
 
 
 def _store_by_columns(model: Model) -> None:

@@ -1,107 +1,98 @@
-"""A decode step of a model that has shapes and no weights, ready to be traced.
+"""What the text of a model's kernels depends on, in plain values."""
 
-To be imported where the step is traced: what kernels decide at import is part of it.
-"""
-
-from collections.abc import Callable, Mapping
-from importlib.resources import files
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_map_with_path
 
-from . import graph, launches
-from .cache import Cache, KVState
-from .checkpoint import KEPT_F32, ZERO_CENTRED
-from .config import Config
-from .kernels import library
-from .kernels.fused import swiglu
-from .layers.moe import GroupedLinear
-from .loader import DTYPES
-from .model import Model
+from . import config
 from .packing import Format
-from .sampling import Sampler, Sampling
 
-Tree = dict[str, Any]
+DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in config.DTYPES}
+Formats = Mapping[str, Format | None]
+Experts = tuple[Format | None, Format | None, Format | None, Format | None]
 
 
-def decode(
-    config: Config,
-    formats: Mapping[str, Format | None],
-    context: int,
-    sampling: Sampling,
-    kernels: bool = True,
-) -> tuple[Callable[[Tree], Any], Tree]:
-    """One turn of the loop in `engine.generate`, and its argument: weights, states and a token.
+@dataclass(frozen=True)
+class Shapes:
+    """What the text of a model's kernels depends on, in plain values.
 
-    formats: how the matrices are packed, by module path. context: tokens read before. kernels:
-    whether this project's own are used, all of them. All arrays are lazy: none has memory.
+    dtype: of activations. pairs: of dims that rotate. embedding: how its rows are packed. experts:
+    of each layer of a mixture how gate_up, down and the shared expert's two are packed, without
+    repetitions.
     """
-    library.use(_kernels() if kernels else ())
-    model = _model(config, formats, DTYPES.get(config.dtype, mx.bfloat16))
-    cache, sampler = Cache(config.text, capacity=context + 1), Sampler(sampling)
-    holders = [*cache.states, sampler]
 
-    def step(given: Tree) -> Any:
-        model.update(given["weights"])
-        states = given.get("states", [])  # the first token finds none
-        for holder, arrays in zip(holders, states, strict=False):
-            vars(holder).update(arrays)
-        cache.length = context if states else 0
-        for state in cache.states:
-            if isinstance(state, KVState):
-                state.length = cache.length
-        position = np.full((3, 1, 1), cache.length, np.int32)
-        hidden = model(model.embed(given["token"][:, None]), position, cache)
-        following = sampler(model.logits(hidden[:, -1]))
-        return [following, *cache.arrays(), *sampler.arrays()]
-
-    given = {"weights": model.parameters(), "token": mx.zeros((1,), mx.uint32)}
-    graph.traced(step, given)  # leaves in the holders what there will be
-    return step, given | {"states": [_arrays(holder) for holder in holders]}
+    dtype: str
+    vocab: int
+    hidden: int
+    eps: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    pairs: int
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    taps: int
+    E: int
+    K: int
+    inner: int
+    shared_inner: int
+    embedding: Format | None
+    experts: tuple[Experts, ...]
 
 
-def is_on_metal() -> bool:
-    """Whether what decides at import decided as on a Mac: elsewhere this is several operations."""
-    x = mx.zeros((2, 3))
-    return launches.count(swiglu, x, x).total() == 1
+def shapes_of(given: config.Config, formats: Formats, dtype: mx.Dtype) -> Shapes:
+    """The shapes of a model. formats: how its matrices are packed, by path of the module."""
+    text, body = given.text, "model.language_model"
+    layers = [f"{body}.layers.{n}" for n in range(text.num_hidden_layers)]
+    layers += ["mtp.layers.0"] if "mtp.layers.0.mlp.gate" in formats else []
+    experts: dict[Experts, None] = {}  # in the order of the layers
+    for layer in layers if text.num_experts else ():
+        of = [
+            formats.get(f"{layer}.mlp.{name}")
+            for name in (
+                "experts.gate_up_proj",
+                "experts.down_proj",
+                "shared_expert.gate_proj",
+                "shared_expert.up_proj",
+                "shared_expert.down_proj",
+            )
+        ]
+        if of[2] == of[3]:  # else the shared expert is no expert like the others
+            experts[of[0], of[1], of[2], of[4]] = None
+    return Shapes(
+        dtype=next(name for name, known in DTYPES.items() if known == dtype),
+        vocab=text.vocab_size,
+        hidden=text.hidden_size,
+        eps=text.rms_norm_eps,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        pairs=text.rope.rotary_dim // 2,
+        k_heads=text.linear_num_key_heads,
+        v_heads=text.linear_num_value_heads,
+        k_dim=text.linear_key_head_dim,
+        v_dim=text.linear_value_head_dim,
+        taps=text.linear_conv_kernel_dim,
+        E=text.num_experts,
+        K=text.num_experts_per_tok,
+        inner=text.moe_intermediate_size,
+        shared_inner=text.shared_expert_intermediate_size,
+        embedding=formats.get(f"{body}.embed_tokens"),
+        experts=tuple(experts),
+    )
 
 
-def _model(config: Config, formats: Mapping[str, Format | None], dtype: mx.Dtype) -> Model:
-    """The language model as `loader.load` leaves it, of arrays that are never evaluated."""
-    model = Model(config, has_vision=False, has_mtp=False, dtype=dtype)
+def from_plain(values: Mapping[str, Any]) -> Shapes:
+    """What `dataclasses.asdict` and JSON made of `Shapes`."""
 
-    def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        found = formats.get(path)
-        return vars(found) if found and hasattr(module, "to_quantized") else False
+    def packing(value: Any) -> Format | None:
+        return None if value is None else Format(**value)
 
-    nn.quantize(model, class_predicate=packing)
-    for path, module in model.named_modules():
-        found = formats.get(path)
-        if isinstance(module, GroupedLinear) and found:
-            module.pack(found)
-
-    def typed(path: str, array: mx.array) -> mx.array:
-        if not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        whole = ZERO_CENTRED.search(path) or KEPT_F32.search(path)
-        return array.astype(mx.float32 if whole else dtype)
-
-    model.update(tree_map_with_path(typed, model.parameters()))
-    model.join()
-    return model
-
-
-def _kernels() -> list[str]:
-    names = (file.name for file in files("qwen35_mlx.metal").iterdir())
-    return [name.removesuffix(".metal") for name in names if name.endswith(".metal")]
-
-
-def _arrays(holder: object) -> dict[str, mx.array]:
-    return {
-        name: mx.zeros(value.shape, value.dtype)
-        for name, value in vars(holder).items()
-        if isinstance(value, mx.array)
-    }
+    known = {field.name: values[field.name] for field in fields(Shapes)}
+    known["embedding"] = packing(known["embedding"])
+    known["experts"] = tuple(tuple(map(packing, four)) for four in known["experts"])
+    return Shapes(**known)

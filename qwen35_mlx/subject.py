@@ -9,10 +9,24 @@ if TYPE_CHECKING:
     from .config import Config
     from .packing import Format
 
+    Subject = tuple[str, Config, dict[str, Format | None]]
 
-def of(
-    model: str, bits: int | None, recipe: str | None
-) -> "tuple[str, Config, dict[str, Format | None]]":
+
+def as_loaded(model: str, bits: int | None, recipe: str | None) -> "Subject":
+    """As `of`, but a size alone is what `generate --model` takes for it.
+
+    That is the newest conversion of it on this machine, else mlx-community's 4-bit folder.
+    """
+    from . import family, hub
+
+    size = family.find(model)
+    if size is None or bits is not None or recipe is not None:
+        return of(model, bits, recipe)
+    made = hub.conversion(size)
+    return of(model, 4, "uniform") if made is None else of(str(made), None, None)
+
+
+def of(model: str, bits: int | None, recipe: str | None) -> "Subject":
     """What `model` is in words, its configuration, and how each matrix is packed, by module.
 
     bits, recipe: of a size, as `convert` would pack it; None for its defaults.

@@ -1,21 +1,21 @@
 """Every kernel as one model calls it, with random inputs; `python -m qwen35_mlx.trials` runs them.
 
-Decoding and verification are tried with 1 and 4 tokens, reading a prompt with PROMPT.
+All texts that can be launched are tried: for one token, for the up to eight of a verification, for
+short prompts and long ones. What differs in numbers only, as the tokens of a prompt, is tried once.
 """
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from . import proof
-from .config import Config
+from . import apart
 from .kernels import (
     add_norm,
     attention_prepare,
@@ -29,130 +29,48 @@ from .kernels import (
     moe_route,
     top_k,
 )
-from .kernels.moe import Packed, by_expert
+from .kernels.moe import MAX_TOKENS, Packed, by_expert, is_streamable
 from .packing import Format
-from .proof import Trial
+from .proof import Plan, Trial
+from .shapes import DTYPES, Shapes, from_plain
 
-FEW, PROMPT = (1, 4), 300
-TOP_K = 20  # that the model cards advise
-STACK_BYTES = 192 << 20  # of experts that are drawn; more than the largest cache, of any size
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
-Formats = Mapping[str, Format | None]
-Experts = tuple[Format | None, Format | None, Format | None, Format | None]
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What the text of a model's kernels depends on, in plain values.
-
-    dtype: of activations. pairs: of dims that rotate. embedding: how its rows are packed. experts:
-    of each layer of a mixture how gate_up, down and the shared expert's two are packed, without
-    repetitions.
-    """
-
-    dtype: str
-    vocab: int
-    hidden: int
-    eps: float
-    heads: int
-    kv_heads: int
-    head_dim: int
-    pairs: int
-    k_heads: int
-    v_heads: int
-    k_dim: int
-    v_dim: int
-    taps: int
-    E: int
-    K: int
-    inner: int
-    shared_inner: int
-    embedding: Format | None
-    experts: tuple[Experts, ...]
+PROMPT, SHORT_PROMPT = 300, 100  # on both sides of `delta_prepare.SHORT`
+FEW = 4  # of several tokens at once, those that are timed
+TOP_K = (20, 64)  # what the model cards advise, and the most that the kernel takes
+STACK_BYTES = 128 << 20  # of experts that are drawn: more than the largest cache, of any size
 
 
-def shapes_of(config: Config, formats: Formats, dtype: mx.Dtype) -> Shapes:
-    """The shapes of a model. formats: how its matrices are packed, by path of the module."""
-    text, body = config.text, "model.language_model"
-    layers = range(len(text.is_full_attention)) if text.num_experts else ()
-    experts: dict[Experts, None] = {}  # in the order of the layers
-    for n in layers:
-        of = [
-            formats.get(f"{body}.layers.{n}.mlp.{name}")
-            for name in (
-                "experts.gate_up_proj",
-                "experts.down_proj",
-                "shared_expert.gate_proj",
-                "shared_expert.up_proj",
-                "shared_expert.down_proj",
-            )
-        ]
-        if of[2] == of[3]:  # else the shared expert is no expert like the others
-            experts[of[0], of[1], of[2], of[4]] = None
-    return Shapes(
-        dtype=next(name for name, known in DTYPES.items() if known == dtype),
-        vocab=text.vocab_size,
-        hidden=text.hidden_size,
-        eps=text.rms_norm_eps,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        pairs=text.rope.rotary_dim // 2,
-        k_heads=text.linear_num_key_heads,
-        v_heads=text.linear_num_value_heads,
-        k_dim=text.linear_key_head_dim,
-        v_dim=text.linear_value_head_dim,
-        taps=text.linear_conv_kernel_dim,
-        E=text.num_experts,
-        K=text.num_experts_per_tok,
-        inner=text.moe_intermediate_size,
-        shared_inner=text.shared_expert_intermediate_size,
-        embedding=formats.get(f"{body}.embed_tokens"),
-        experts=tuple(experts),
-    )
-
-
-def from_plain(values: Mapping[str, Any]) -> Shapes:
-    """What `dataclasses.asdict` and JSON made of `Shapes`."""
-
-    def packing(value: Any) -> Format | None:
-        return None if value is None else Format(**value)
-
-    known = {field.name: values[field.name] for field in fields(Shapes)}
-    known["embedding"] = packing(known["embedding"])
-    known["experts"] = tuple(tuple(map(packing, four)) for four in known["experts"])
-    return Shapes(**known)
-
-
-def count(shapes: Shapes) -> int:
-    """How many trials there are at most."""
-    return len(_makers(shapes))
-
-
-def trials(shapes: Shapes) -> Iterator[Trial]:
-    """The trials of the kernels that take these shapes, those of one kernel next to each other."""
-    for make in _makers(shapes):
-        trial = make()
-        if trial is not None:
-            yield trial
-
-
-Maker = Callable[[], Trial | None]
-
-
-def _makers(s: Shapes) -> list[Maker]:
-    few_and_many = (*FEW[:1], PROMPT)
-    makers: list[Maker] = [partial(_embed, s, T) for T in (*FEW, PROMPT)]
-    makers += [partial(_add_norm, s, T) for T in few_and_many]
-    makers += [partial(_delta_step, s, T) for T in FEW]
-    makers += [partial(_delta_prepare, s), partial(_gated_delta, s)]
-    makers += [partial(_attention_prepare, s, T) for T in few_and_many]
+def plans(s: Shapes) -> list[Plan]:
+    """The trials of a model, those of one kernel next to each other."""
+    found = [_plan(_embed, _tokens(T), s, T) for T in (1, PROMPT)]
+    found += [_plan(_add_norm, _tokens(T), s, T) for T in (1, PROMPT)]
+    found += [_plan(_delta_step, _tokens(T), s, T) for T in (1, FEW)]
+    found += [_plan(_delta_prepare, _tokens(T), s, T) for T in (SHORT_PROMPT, PROMPT)]
+    found.append(_plan(_gated_delta, _tokens(PROMPT), s, PROMPT))
+    found += [_plan(_attention_prepare, _tokens(T), s, T) for T in (1, PROMPT)]
     if s.E:
-        makers += [partial(_moe_route, s, N) for N in few_and_many]
-        makers += [partial(_moe_gate_up, s, four, N) for four in s.experts for N in FEW]
-        makers += [partial(_moe_down, s, four, N) for four in s.experts for N in FEW]
-        makers.append(partial(_moe_combine, s))
-    return [*makers, partial(_top_k, s)]
+        found += [_plan(_moe_route, _tokens(N), s, N) for N in (1, FEW, PROMPT)]
+        for op, part in ((_moe_gate_up, 0), (_moe_down, 1)):
+            for pair in dict.fromkeys((four[part], four[part + 2]) for four in s.experts):
+                found += [_plan(op, _named(N, pair), s, N, pair) for N in range(1, MAX_TOKENS + 1)]
+        found.append(_plan(_moe_combine, _tokens(PROMPT), s, PROMPT))
+    # A penalty makes the logits f32.
+    for dtype in dict.fromkeys((s.dtype, "float32")):
+        found += [_plan(_top_k, f"{k} of {s.vocab:,}, {dtype}", s, k, dtype) for k in TOP_K]
+    return found
+
+
+def _plan(make: Callable[..., Trial | None], case: str, *given: Any) -> Plan:
+    return Plan(make.__name__.lstrip("_"), case, partial(make, *given))
+
+
+def _tokens(T: int) -> str:
+    return f"{T} token{'s' if T > 1 else ''}"
+
+
+def _named(N: int, packings: Sequence[Format | None]) -> str:
+    names = ["plain" if packing is None else f"{packing.bits} bits" for packing in packings]
+    return f"{_tokens(N)}, {' and '.join(dict.fromkeys(names))}"
 
 
 class Draw:
@@ -165,8 +83,8 @@ class Draw:
     def normal(
         self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: mx.Dtype | None = None
     ) -> mx.array:
-        values = self._random.standard_normal(shape, np.float32) * np.float32(scale)
-        return mx.array(values + np.float32(mean)).astype(dtype or self.dtype)
+        key = mx.random.key(int(self._random.integers(2**32)))
+        return (mx.random.normal(shape, key=key) * scale + mean).astype(dtype or self.dtype)
 
     def uniform(self, low: float, high: float, *shape: int) -> mx.array:
         return mx.array(self._random.uniform(low, high, shape).astype(np.float32))
@@ -177,13 +95,10 @@ class Draw:
         return mx.array(np.stack(chosen).astype(np.uint32))
 
     def matrices(self, *shape: int, packing: Format | None) -> Packed:
-        """`[..., out, in]` whose products with values around 1 are around 1."""
+        """`[..., out, in]`, plain or affine, whose products with values around 1 are around 1."""
         columns = shape[-1]
         if packing is None:
             return Packed(self.normal(*shape, scale=columns**-0.5))
-        if packing.mode != "affine":
-            parts = mx.quantize(self.normal(*shape), packing.group_size, packing.bits, packing.mode)
-            return Packed(parts[0], parts[1], None, packing)
         words = (*shape[:-1], columns * packing.bits // 32)
         packed = np.frombuffer(self._random.bytes(4 * int(np.prod(words))), np.uint32)
         step = 3.5 * columns**-0.5 / 2**packing.bits
@@ -195,13 +110,12 @@ class Draw:
 
 def _trial(
     module: ModuleType,
-    case: str,
     sets: Sequence[tuple[Any, ...]],
     nbytes: int | None = None,
     options: Mapping[str, Any] | None = None,
+    is_timed: bool = True,
 ) -> Trial:
     """The op of `module` on each of `sets`. nbytes: if not all of the inputs is read."""
-    name = module.__name__.rpartition(".")[2]
 
     def run(op: Callable[..., Any], exact: bool, n: int) -> list[mx.array]:
         arguments = sets[n % len(sets)]
@@ -213,7 +127,8 @@ def _trial(
         nbytes = sum(_nbytes(value) for value in sets[0])
     written = sum(array.nbytes for array in reference(0))
     exact = partial(run, module.reference, True)
-    return Trial(name, case, partial(run, module.launch, False), reference, exact, nbytes + written)
+    launch = partial(run, module.launch, False)
+    return Trial(launch, reference, exact, nbytes + written, is_timed)
 
 
 def _in_f32(value: Any) -> Any:
@@ -232,32 +147,28 @@ def _nbytes(value: Any) -> int:
     return value.nbytes if isinstance(value, mx.array) else 0
 
 
-def _tokens(T: int) -> str:
-    return f"{T} token{'s' if T > 1 else ''}"
-
-
-# -- one function per kernel -----------------------------------------------------------------------
+# -- one function per kernel; None where it does not fit -------------------------------------------
 
 
 def _embed(s: Shapes, T: int) -> Trial | None:
+    packing, V = s.embedding, min(s.vocab, 4096)  # rows do not depend on one another
+    if packing is None or packing.mode != "affine":
+        return None
     draw = Draw(s, f"embed {T}")
-    V = min(s.vocab, 4096)  # rows do not depend on one another
-    matrix = draw.matrices(V, s.hidden, packing=s.embedding)
+    matrix = draw.matrices(V, s.hidden, packing=packing)
     tokens = mx.concatenate([draw.rows(1, V, min(T, V)), mx.array([[V - 1]], mx.uint32)], axis=1)
-    # Drawn ones are unsigned; those of a prompt are not.
-    tokens = tokens[:, -T:].astype(mx.int32 if T == PROMPT else mx.uint32)
+    tokens = tokens[:, -T:]
     if not embed.fits(tokens, matrix, draw.dtype):
         return None
     row = _nbytes(matrix) // V
-    sets = [(tokens, matrix, draw.dtype)]
-    return _trial(embed, _tokens(T), sets, tokens.nbytes + T * row)
+    return _trial(embed, [(tokens, matrix, draw.dtype)], tokens.nbytes + T * row)
 
 
 def _add_norm(s: Shapes, T: int) -> Trial | None:
     draw = Draw(s, f"add_norm {T}")
     x, y = (draw.normal(1, T, s.hidden) for _ in range(2))
     weight = draw.normal(s.hidden, scale=0.2, mean=1.0, dtype=mx.float32)
-    return _trial(add_norm, _tokens(T), [(x, y, weight, s.eps)]) if add_norm.fits(x, y) else None
+    return _trial(add_norm, [(x, y, weight, s.eps)]) if add_norm.fits(x, y) else None
 
 
 def _delta_inputs(s: Shapes, draw: Draw, T: int) -> tuple[mx.array, ...]:
@@ -284,31 +195,31 @@ def _delta_step(s: Shapes, T: int) -> Trial | None:
     heads = {"k_heads": s.k_heads, "k_dim": s.k_dim, "eps": s.eps}
     # As in a model, where each layer has a state of its own.
     sets = [given, *(_delta_inputs(s, draw, T)[:4] + given[4:] for _ in range(7))]
-    return _trial(delta_step, _tokens(T), sets, options=heads)
+    return _trial(delta_step, sets, options=heads)
 
 
-def _delta_prepare(s: Shapes) -> Trial | None:
-    draw = Draw(s, "delta_prepare")
-    qkvz, ba, conv, _, conv_weight, A_log, dt_bias, _ = _delta_inputs(s, draw, PROMPT)
+def _delta_prepare(s: Shapes, T: int) -> Trial | None:
+    draw = Draw(s, f"delta_prepare {T}")
+    qkvz, ba, conv, _, conv_weight, A_log, dt_bias, _ = _delta_inputs(s, draw, T)
     if not delta_prepare.fits(qkvz, conv, A_log, s.k_heads, s.k_dim):
         return None
     heads = {"k_heads": s.k_heads, "k_dim": s.k_dim}
-    z = PROMPT * s.v_heads * s.v_dim * qkvz.itemsize  # for the norm behind the recurrence
+    z = T * s.v_heads * s.v_dim * qkvz.itemsize  # for the norm behind the recurrence
     sets = [(qkvz, ba, conv, conv_weight, A_log, dt_bias)]
-    return _trial(delta_prepare, _tokens(PROMPT), sets, sum(map(_nbytes, sets[0])) - z, heads)
+    return _trial(delta_prepare, sets, sum(map(_nbytes, sets[0])) - z, heads)
 
 
-def _gated_delta(s: Shapes) -> Trial | None:
+def _gated_delta(s: Shapes, T: int) -> Trial | None:
     draw = Draw(s, "gated_delta")
-    q, k = (draw.normal(1, PROMPT, s.k_heads, s.k_dim, dtype=mx.float32) for _ in range(2))
+    q, k = (draw.normal(1, T, s.k_heads, s.k_dim, dtype=mx.float32) for _ in range(2))
     q, k = (x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    v = draw.normal(1, PROMPT, s.v_heads, s.v_dim, dtype=mx.float32)
-    log_g = -mx.exp(draw.uniform(-9.2, 1.4, 1, PROMPT, s.v_heads))
-    beta = draw.uniform(0, 1, 1, PROMPT, s.v_heads)
+    v = draw.normal(1, T, s.v_heads, s.v_dim, dtype=mx.float32)
+    log_g = -mx.exp(draw.uniform(-9.2, 1.4, 1, T, s.v_heads))
+    beta = draw.uniform(0, 1, 1, T, s.v_heads)
     state = draw.normal(1, s.v_heads, s.k_dim, s.v_dim, scale=0.5, dtype=mx.float32)
     if not gated_delta.fits(q, k, v):
         return None
-    return _trial(gated_delta, _tokens(PROMPT), [(q * s.k_dim**-0.5, k, v, log_g, beta, state)])
+    return _trial(gated_delta, [(q * s.k_dim**-0.5, k, v, log_g, beta, state)])
 
 
 def _attention_prepare(s: Shapes, T: int) -> Trial | None:
@@ -320,89 +231,103 @@ def _attention_prepare(s: Shapes, T: int) -> Trial | None:
     angle = draw.uniform(0, 1000, 1, 1, T, s.pairs)
     options = {"heads": s.heads, "kv_heads": s.kv_heads, "eps": s.eps}
     sets = [(qkv, *weights, mx.cos(angle), mx.sin(angle))]
-    return _trial(attention_prepare, _tokens(T), sets, options=options)
+    return _trial(attention_prepare, sets, options=options)
 
 
 def _moe_route(s: Shapes, N: int) -> Trial | None:
     draw = Draw(s, f"moe_route {N}")
     logits, x = draw.normal(N, s.E, scale=2.0), draw.normal(N, s.hidden)
     gate = draw.normal(s.hidden, scale=s.hidden**-0.5, dtype=mx.float32)
-    fits = moe_route.fits(logits, s.K, x, gate)
-    return _trial(moe_route, _tokens(N), [(logits, s.K, x, gate)]) if fits else None
+    given = (logits, s.K, x, gate)
+    return _trial(moe_route, [given]) if moe_route.fits(*given) else None
 
 
-def _stack(s: Shapes, draw: Draw, rows: int, columns: int, packing: Format | None) -> Packed:
-    """Some of the experts: enough that they lie in no cache, and no more."""
-    bits = 8 * draw.dtype.size if packing is None else packing.bits
+Pair = tuple[Format | None, Format | None]  # of the routed experts and of the shared one
+
+
+@lru_cache(maxsize=1)
+def _stacks(
+    s: Shapes, rows: int, columns: int, shared: tuple[int, int], pair: Pair
+) -> tuple[Packed, Packed] | None:
+    """Some routed experts `[E, rows, columns]`, and the shared one; None if they are not streamed.
+
+    Enough that they lie in no cache. Kept for the next number of tokens.
+    """
+    draw = Draw(s, f"{rows} {columns} {pair}")
+    routed, one = pair
+    if any(packing and packing.mode != "affine" for packing in pair):
+        return None
+    bits = 8 * draw.dtype.size if routed is None else routed.bits
     E = max(s.K, min(s.E, STACK_BYTES // (rows * columns * bits // 8)))
-    return draw.matrices(E, rows, columns, packing=packing)
+    found = (
+        draw.matrices(E, rows, columns, packing=routed),
+        draw.matrices(*shared, packing=one),
+    )
+    return found if all(is_streamable(matrix, 4) for matrix in found) else None
 
 
-def _streamed(experts: mx.array, *matrices: Packed) -> int:
-    """Bytes of the matrices that `experts` name; every second one belongs to the shared expert."""
+def _streamed(experts: mx.array, routed: Packed, shared: Packed) -> int:
+    """Bytes of the matrices that `experts` name, each once, and of the shared one."""
     chosen = len(set(np.array(experts).flatten().tolist()))
-    routed = sum(chosen * _nbytes(m) // m.weight.shape[0] for m in matrices[::2])
-    return routed + sum(map(_nbytes, matrices[1::2]))
+    return chosen * _nbytes(routed) // routed.weight.shape[0] + _nbytes(shared)
 
 
-def _named(four: Experts, N: int) -> str:
-    def bits(packing: Format | None) -> str:
-        return "plain" if packing is None else f"{packing.bits} bits"
-
-    names = list(dict.fromkeys(bits(packing) for packing in four))
-    return f"{_tokens(N)}, {' and '.join(names)}"
-
-
-def _moe_gate_up(s: Shapes, four: Experts, N: int) -> Trial | None:
-    draw = Draw(s, f"moe_gate_up {four} {N}")
-    routed = _stack(s, draw, 2 * s.inner, s.hidden, four[0])
-    shared = draw.matrices(2 * s.shared_inner, s.hidden, packing=four[2])
-    x = draw.normal(N, s.hidden)
-    ids = [draw.rows(N, routed.weight.shape[0], s.K) for _ in range(8)]
-    if not moe_gate_up.fits(x, ids[0], routed, shared):
+def _moe_gate_up(s: Shapes, N: int, pair: Pair) -> Trial | None:
+    of_shared = (2 * s.shared_inner, s.hidden)
+    stacks = _stacks(s, 2 * s.inner, s.hidden, of_shared, pair)
+    if stacks is None:
         return None
-    nbytes = x.nbytes + ids[0].nbytes + _streamed(ids[0], routed, shared)
-    return _trial(moe_gate_up, _named(four, N), [(x, i, routed, shared) for i in ids], nbytes)
+    draw, E = Draw(s, f"moe_gate_up {N}"), stacks[0].weight.shape[0]
+    x, ids = draw.normal(N, s.hidden), [draw.rows(N, E, s.K) for _ in range(8)]
+    if not moe_gate_up.fits(x, ids[0], *stacks):
+        return None
+    nbytes = x.nbytes + ids[0].nbytes + _streamed(ids[0], *stacks)
+    sets = [(x, chosen, *stacks) for chosen in ids]
+    return _trial(moe_gate_up, sets, nbytes, is_timed=N in (1, FEW))
 
 
-def _moe_down(s: Shapes, four: Experts, N: int) -> Trial | None:
-    draw = Draw(s, f"moe_down {four} {N}")
-    routed = _stack(s, draw, s.hidden, s.inner, four[1])
-    shared = draw.matrices(s.hidden, s.shared_inner, packing=four[3])
-    h = draw.normal(N, s.K * s.inner + s.shared_inner)
+def _moe_down(s: Shapes, N: int, pair: Pair) -> Trial | None:
+    stacks = _stacks(s, s.hidden, s.inner, (s.hidden, s.shared_inner), pair)
+    if stacks is None:
+        return None
+    draw, E = Draw(s, f"moe_down {N}"), stacks[0].weight.shape[0]
+    h, ids = (
+        draw.normal(N, s.K * s.inner + s.shared_inner),
+        [draw.rows(N, E, s.K) for _ in range(8)],
+    )
     weights, gate = draw.uniform(0, 2 / s.K, N, s.K), draw.uniform(0, 1, N)
-    ids = [draw.rows(N, routed.weight.shape[0], s.K) for _ in range(8)]
-    if not moe_down.fits(h, ids[0], weights, gate, routed, shared):
+    if not moe_down.fits(h, ids[0], weights, gate, *stacks):
         return None
-    small = sum(x.nbytes for x in (h, ids[0], weights, gate))
-    sets = [(h, i, weights, gate, routed, shared) for i in ids]
-    return _trial(moe_down, _named(four, N), sets, small + _streamed(ids[0], routed, shared))
+    nbytes = sum(x.nbytes for x in (h, ids[0], weights, gate)) + _streamed(ids[0], *stacks)
+    sets = [(h, chosen, weights, gate, *stacks) for chosen in ids]
+    return _trial(moe_down, sets, nbytes, is_timed=N in (1, FEW))
 
 
-def _moe_combine(s: Shapes) -> Trial | None:
+def _moe_combine(s: Shapes, T: int) -> Trial | None:
     draw = Draw(s, "moe_combine")
-    back = by_expert(draw.rows(PROMPT, s.E, s.K))[2].astype(mx.uint32)
-    y, shared_out = draw.normal(PROMPT * s.K, s.hidden), draw.normal(PROMPT, s.hidden)
-    weights, gate = draw.uniform(0, 2 / s.K, PROMPT, s.K), draw.uniform(0, 1, PROMPT)
+    back = by_expert(draw.rows(T, s.E, s.K))[2].astype(mx.uint32)
+    y, shared_out = draw.normal(T * s.K, s.hidden), draw.normal(T, s.hidden)
+    weights, gate = draw.uniform(0, 2 / s.K, T, s.K), draw.uniform(0, 1, T)
     if not moe_combine.fits(y, shared_out):
         return None
-    return _trial(moe_combine, _tokens(PROMPT), [(y, back, weights, gate, shared_out)])
+    return _trial(moe_combine, [(y, back, weights, gate, shared_out)])
 
 
-def _top_k(s: Shapes) -> Trial | None:
-    draw = Draw(s, "top_k")
-    logits, among = draw.normal(1, s.vocab, scale=3.0), s.vocab - 1  # ids may be fewer than rows
-    k = min(TOP_K, among)
-    fits = top_k.fits(logits, k)
-    return _trial(top_k, f"{k} of {s.vocab:,}", [(logits, k, among)]) if fits else None
+def _top_k(s: Shapes, k: int, dtype: str) -> Trial | None:
+    draw, among = Draw(s, f"top_k {k} {dtype}"), s.vocab - 1  # ids may be fewer than rows
+    logits = draw.normal(1, s.vocab, scale=3.0).astype(DTYPES[dtype])
+    k = min(k, among)
+    return _trial(top_k, [(logits, k, among)]) if top_k.fits(logits, k) else None
 
 
 def main() -> None:
-    """Answer the request on stdin as `proof.serve` does."""
+    """Answer the request on stdin as `apart.serve` does."""
     request = json.load(sys.stdin)
-    for line in proof.serve(trials(from_plain(request["shapes"])), request["skip"]):
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+    # The answer is alone on its stream: what else is printed goes the way of errors.
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in apart.serve(plans(from_plain(request["shapes"])), request["skip"]):
+        print(line, file=answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 
 from metal_cpu import emulated
-from qwen35_mlx import proof, trials
+from qwen35_mlx import apart, proof, shapes, trials
 from qwen35_mlx.kernels import library
-from qwen35_mlx.proof import Op, Trial
+from qwen35_mlx.proof import Op, Plan, Trial
 
 KERNEL = "add_norm"
 TEXTS = {
@@ -66,7 +66,16 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def timed(self, trial: Trial, launch_seconds: float) -> Trial:
+    def timed(self, plan: Plan, launch_seconds: float) -> Plan:
+        """That trial, with a launch that takes so long and a reference of 2 s."""
+
+        def make() -> Trial | None:
+            trial = plan.make()
+            return None if trial is None else self._timed(trial, launch_seconds)
+
+        return replace(plan, make=make)
+
+    def _timed(self, trial: Trial, launch_seconds: float) -> Trial:
         def taking(op: Op, seconds: float) -> Op:
             def call(n: int) -> Sequence[mx.array]:
                 self.now += seconds
@@ -85,13 +94,14 @@ def main() -> None:
     (how, *only), request, clock = sys.argv[1:], json.load(sys.stdin), Clock()
     proof.ROUNDS = proof.AT_ONCE = 1
     trials.PROMPT = 40  # the emulator takes its time
-    timed = (
-        clock.timed(trial, 3.0 if (trial.kernel, how) == (KERNEL, SLOW) else 1.0)
-        for trial in trials.trials(trials.from_plain(request["shapes"]))
-        if not only or trial.kernel in only
-    )
+    trials.SHORT_PROMPT = 20
+    timed = [
+        clock.timed(plan, 3.0 if (plan.kernel, how) == (KERNEL, SLOW) else 1.0)
+        for plan in trials.plans(shapes.from_plain(request["shapes"]))
+        if not only or plan.kernel in only
+    ]
     with emulated(checked=False), broken(how):
-        for line in proof.serve(timed, request["skip"], clock):
+        for line in apart.serve(timed, request["skip"], clock):
             print(line, flush=True)
 
 

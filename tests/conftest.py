@@ -1,11 +1,24 @@
 """Fixtures that several test files use."""
 
+import os
 from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
 
 from metal_cpu import Launch, emulated
+from qwen35_mlx.kernels import library
+
+# Which kernels are used is each test's own decision: on a Mac, too, no model tries them when it is
+# loaded, and nothing is written below the user's caches.
+os.environ["QWEN35_REFERENCE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_is_left_in_use() -> Iterator[None]:
+    library.forget()
+    yield
+    library.forget()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ RUNS: tuple[dict[str, Any], ...] = (
     {"schedule": "reverse", "contract": False, "reduce": "ascending"},
     {"schedule": 7, "contract": True, "reduce": "random"},
 )
-PACKED = tuple(
+STREAMED = tuple(
     shared + name for shared in ("", "shared_") for name in ("weight", "scales", "biases")
 )
 # Half a unit in the last place of the output, by type; f32 counts as exact beside the next line.
@@ -48,8 +48,8 @@ def executed(**run: Any) -> Iterator[list[Launch]]:
 
 
 def streamed(launch: Launch) -> tuple[int, int]:
-    """Of the packed matrices: bytes read, and bytes of the 64-byte lines fetched."""
-    read = [launch.buffers[name].read for name in PACKED]
+    """Of the matrices: bytes read, and bytes of the 64-byte lines fetched."""
+    read = [launch.buffers[name].read for name in STREAMED]
     return sum(r.unique for r in read), sum(r.lines for r in read)
 
 
@@ -74,9 +74,11 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def unpacked(matrix: Packed, at: int | None = None) -> np.ndarray:
-    """One packed matrix `[out, in]` in float64, the `at`-th where there are several."""
+    """One matrix `[out, in]` in float64, the `at`-th where there are several."""
     packing = matrix.packing
-    assert packing and matrix.scales is not None and matrix.biases is not None
+    if packing is None:
+        return exact(matrix.weight if at is None else matrix.weight[at])
+    assert matrix.scales is not None and matrix.biases is not None
     parts = [exact(a if at is None else a[at]) for a in (matrix.scales, matrix.biases)]
     words = np.array(matrix.weight if at is None else matrix.weight[at])
     places = np.arange(0, 32, packing.bits, dtype=np.uint32)
@@ -86,9 +88,11 @@ def unpacked(matrix: Packed, at: int | None = None) -> np.ndarray:
 
 
 def draw_packed(
-    draw: np.random.Generator, shape: tuple[int, ...], packing: Format, kind: mx.Dtype
+    draw: np.random.Generator, shape: tuple[int, ...], packing: Format | None, kind: mx.Dtype
 ) -> Packed:
-    """Random packed matrices of `shape` `[..., in]`; scales and biases of type `kind`."""
+    """Random matrices of `shape` `[..., in]`; scales and biases, or plain ones, of type `kind`."""
+    if packing is None:
+        return Packed(mx.array(draw.standard_normal(shape, np.float32)).astype(kind))
     if packing.mode != "affine":
         values = mx.array(draw.normal(size=shape).astype(np.float32))
         parts = mx.quantize(values, packing.group_size, packing.bits, packing.mode)
@@ -107,15 +111,24 @@ def draw_packed(
     )
 
 
+def label(packing: Format | None) -> str:
+    return f"{packing.bits}b/{packing.group_size}" if packing else "plain"
+
+
+def part_of_name(value: object) -> str:
+    """An argument in the name of a test."""
+    return label(value) if value is None or isinstance(value, Format) else str(value)
+
+
 @dataclass(frozen=True)
 class Case:
     """One mixture of experts with its tokens; small by default, every axis of another size."""
 
     N: int
     dtype: mx.Dtype = mx.float32
-    routed: Format = Format("affine", 4, 32)
-    shared: Format = Format("affine", 8, 32)
-    scales: mx.Dtype = mx.bfloat16
+    routed: Format | None = Format("affine", 4, 32)
+    shared: Format | None = Format("affine", 8, 32)
+    scales: mx.Dtype = mx.bfloat16  # also the type of plain matrices
     E: int = 7
     K: int = 3
     hidden: int = 96
@@ -125,7 +138,7 @@ class Case:
 
     def __str__(self) -> str:
         kind, scales = (str(t).rpartition(".")[2] for t in (self.dtype, self.scales))
-        formats = "+".join(f"{p.bits}b/{p.group_size}" for p in (self.routed, self.shared))
+        formats = "+".join(map(label, (self.routed, self.shared)))
         return f"N{self.N}-{kind}-{formats}-{scales}-{self.hidden}x{self.inner}-K{self.K}"
 
     @cached_property
@@ -147,15 +160,15 @@ class Data:
         weights = draw.dirichlet(np.ones(K), N)
         self.weights = mx.array(weights.astype(np.float32))
         self.shared = mx.array(draw.uniform(0, 1, N).astype(np.float32))
-        self.gate_up = self.packed((case.E, 2 * case.inner, case.hidden), case.routed)
-        self.shared_gate_up = self.packed((2 * case.shared_inner, case.hidden), case.shared)
-        self.down = self.packed((case.E, case.hidden, case.inner), case.routed)
-        self.shared_down = self.packed((case.hidden, case.shared_inner), case.shared)
+        self.gate_up = self.matrices((case.E, 2 * case.inner, case.hidden), case.routed)
+        self.shared_gate_up = self.matrices((2 * case.shared_inner, case.hidden), case.shared)
+        self.down = self.matrices((case.E, case.hidden, case.inner), case.routed)
+        self.shared_down = self.matrices((case.hidden, case.shared_inner), case.shared)
 
     def normal(self, shape: tuple[int, ...]) -> mx.array:
         return mx.array(self.draw.normal(size=shape).astype(np.float32)).astype(self.case.dtype)
 
-    def packed(self, shape: tuple[int, ...], packing: Format) -> Packed:
+    def matrices(self, shape: tuple[int, ...], packing: Format | None) -> Packed:
         return draw_packed(self.draw, shape, packing, self.case.scales)
 
     def chosen(self) -> np.ndarray:
@@ -196,7 +209,7 @@ class Data:
         return y
 
     def streamed_bytes(self, matrix: Packed, shared: Packed) -> int:
-        """Bytes of the packed matrices that the tokens need, each once."""
+        """Bytes of the matrices that the tokens need, each once."""
         experts = len(self.chosen())
         one = sum(a.nbytes // a.shape[0] for a in matrix[:3] if a is not None)
         return experts * one + sum(a.nbytes for a in shared[:3] if a is not None)
@@ -238,9 +251,11 @@ SIZES = {
 }
 
 
-def true_width(name: str, N: int, bits: int = 4, group: int = 64) -> Case:
+FOUR_BITS = Format("affine", 4, 64)
+
+
+def true_width(name: str, N: int, packing: Format | None = FOUR_BITS) -> Case:
     """A layer of one of the sizes, bf16, all matrices in one format, with 12 of its experts."""
-    packing = Format("affine", bits, group)
     K, hidden, inner = SIZES[name]
     return Case(
         N, mx.bfloat16, packing, packing, E=12, K=K, hidden=hidden, inner=inner, shared_inner=inner
@@ -248,31 +263,32 @@ def true_width(name: str, N: int, bits: int = 4, group: int = 64) -> Case:
 
 
 # Every size in every format, every number of tokens, and both extremes; minutes, hence slow tests.
-TRUE_WIDTHS = [
+TRUE_WIDTHS: list[tuple[str, int, Format | None]] = [
     *(
-        (size, 1, bits, group)
-        for size in ("35B-A3B", "122B-A10B", "397B-A17B")
+        (size, 1, Format("affine", bits, group))
+        for size in SIZES
         for bits in (4, 8)
         for group in (32, 64, 128)
     ),
-    *(("35B-A3B", N, 4, 64) for N in range(2, 9)),
-    ("35B-A3B", 8, 4, 128),
-    ("397B-A17B", 8, 4, 128),
+    *((size, 1, None) for size in SIZES),
+    *(("35B-A3B", N, packing) for N in range(2, 9) for packing in (FOUR_BITS, None)),
+    ("35B-A3B", 8, Format("affine", 4, 128)),
+    ("397B-A17B", 8, Format("affine", 4, 128)),
 ]
 
 
 def cases() -> list[tuple[str, Callable[[], object], int, int]]:
     """Label, call, and the bytes it must read and write: the rows of a traffic table."""
     shown: list[tuple[str, Callable[[], object], int, int]] = []
-    for N in (1, 4):
-        data = true_width("35B-A3B", N).data
+    for N, packing in ((1, FOUR_BITS), (4, FOUR_BITS), (1, None)):
+        data = true_width("35B-A3B", N, packing).data
         ids = data.experts.nbytes
         read = data.streamed_bytes(data.gate_up, data.shared_gate_up) + data.x.nbytes + ids
-        label = f"35B-A3B layer, {N} tokens, {len(data.chosen())} experts, 4 bits"
-        shown.append((f"moe_gate_up: {label}", data.gate_up_result, read, data.h.nbytes))
+        layer = f"35B-A3B layer, {N} tokens, {len(data.chosen())} experts, {label(packing)}"
+        shown.append((f"moe_gate_up: {layer}", data.gate_up_result, read, data.h.nbytes))
         read = data.streamed_bytes(data.down, data.shared_down) + data.h.nbytes + ids
         read += data.weights.nbytes + data.shared.nbytes
-        shown.append((f"moe_down: {label}", data.down_result, read, data.x.nbytes))
+        shown.append((f"moe_down: {layer}", data.down_result, read, data.x.nbytes))
     logits, K, x, gate = route_data(1, 256, 8, 2048, mx.bfloat16)
     read = logits.nbytes + x.nbytes + gate.nbytes
     route = partial(moe_route, logits, K, x, gate)

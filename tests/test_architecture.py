@@ -45,11 +45,13 @@ ALLOWED: dict[str, str] = {
     "layers": "config cache kernels packing",
     "model": "config cache kernels layers",
     # Which kernels are right on this machine.
+    "shapes": "config packing",
     "proof": "",
-    "trials": "config kernels packing proof",
-    "choice": "version errors files kernels proof trials",
+    "apart": "proof",
+    "trials": "kernels packing proof apart shapes",
+    "choice": "version errors files kernels proof apart shapes",
     "memory": "errors config cache kernels layers",
-    "loader": "errors packing config shards checkpoint family memory layers model trials choice",
+    "loader": "errors packing config shards checkpoint family memory layers model shapes choice",
     "engine": "errors prompt sampling cache model",
     # What a GPU would do with it, counted without one.
     "layouts": "",
@@ -57,7 +59,8 @@ ALLOWED: dict[str, str] = {
     "stand_ins": "layouts",
     "graph": "layouts stand_ins",
     "launches": "layouts dispatches stand_ins graph",
-    "shapes": "packing config checkpoint sampling cache kernels layers model loader graph launches",
+    "decode_step": "packing config checkpoint sampling cache kernels layers model shapes graph "
+    "launches",
     # The program.
     "hub": "errors files config shards template family",
     "api": "errors files config image video tokenizer template prompt parse sampling family cache "
@@ -66,11 +69,11 @@ ALLOWED: dict[str, str] = {
     "terminal": "errors parse",
     "convert": "errors files packing config shards checkpoint image video template prompt "
     "tokenizer family cache layers model memory engine hub api __init__ terminal",
-    "generate": "__init__ errors family memory loader hub sampling api terminal",
-    "subject": "errors convert",
-    "bench": "family stand_ins graph launches shapes terminal subject",
+    "generate": "__init__ errors family memory shapes hub sampling api terminal",
+    "subject": "errors family hub convert",
+    "bench": "family kernels stand_ins graph launches decode_step terminal subject",
     "chips": "",
-    "doctor": "errors proof trials choice terminal subject chips",
+    "doctor": "errors proof shapes choice terminal subject chips",
     "__main__": "__init__",
 }
 HEAVY = (
@@ -181,7 +184,7 @@ def test_help_computes_nothing(command: list[str]) -> None:
 
 
 def test_library_modules_neither_print_nor_exit() -> None:
-    talkers = {"generate", "terminal", "__main__", "convert", "bench", "doctor"}
+    talkers = {"generate", "terminal", "__main__", "convert", "bench", "doctor", "trials"}
     for path in modules():
         if name_of(path)[0] in talkers:
             continue

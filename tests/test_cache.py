@@ -55,16 +55,23 @@ def test_restore_goes_back_to_the_snapshot() -> None:
     cache = Cache(TEXT)
     kv = next(s for s in cache.states if isinstance(s, KVState))
     delta = next(s for s in cache.states if isinstance(s, DeltaState))
+    empty = cache.snapshot()
     kv.append(rows(0, 4))
+    conv, memory = delta.begun(1, mx.float32)
+    delta.conv, delta.memory = conv + 1, memory + 2
     cache.length = 4
     point = cache.snapshot()
     kv.append(rows(50, 53))
-    delta.begun(1, mx.float32)
+    delta.conv, delta.memory = conv + 5, memory + 6
     cache.length = 7
     cache.restore(point)
-    assert cache.length == 4 and delta.conv is None and delta.memory is None
+    assert cache.length == 4 and delta.conv is not None and delta.memory is not None
+    assert delta.conv.shape == conv.shape and (delta.conv == 1).all()
+    assert delta.memory.shape == memory.shape and (delta.memory == 2).all()
     keys, _ = kv.append(rows(4, 5))
     assert np.array_equal(np.array(keys), np.array(rows(0, 5))[0])
+    cache.restore(empty)
+    assert cache.length == 0 and delta.conv is None and delta.memory is None
 
 
 def test_a_snapshot_of_the_future_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -16,9 +17,9 @@ from click.testing import CliRunner, Result
 import broken_kernels
 import qwen35_mlx
 from broken_kernels import CALLS, KERNEL, SECONDS, SLOW, TEXTS, broken
-from converting import converted, write_source
+from converting import DEMO, converted, write_source
 from metal_cpu import CompileError, emulated
-from qwen35_mlx import chips, choice, doctor, family, proof, trials
+from qwen35_mlx import apart, chips, choice, doctor, family, hub, proof, shapes, subject
 from qwen35_mlx.kernels import library
 from qwen35_mlx.proof import Verdict
 from test_kernels_together import DENSE, KERNELS, SAME, answer
@@ -46,8 +47,7 @@ def a_mac(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def examine_with(monkeypatch: pytest.MonkeyPatch, how: str, *only: str) -> None:
     worker = [sys.executable, "-P", "-m", "broken_kernels", how, *only]
     seconds = SECONDS if how == "hanging" else 60.0
-    examine = partial(proof.examine_apart, worker=worker, seconds=seconds)
-    monkeypatch.setattr(proof, "examine_apart", examine)
+    monkeypatch.setattr(apart, "verdicts", partial(apart.verdicts, worker=worker, seconds=seconds))
 
 
 def run(*arguments: object) -> Result:
@@ -85,7 +85,7 @@ def test_sound_kernels_are_all_used(folder: Path, monkeypatch: pytest.MonkeyPatc
     model = qwen35_mlx.load(folder, dtype=mx.float32)
     # Loaded in another type than the folder's, it has other kernels: nothing is known of them.
     formats = {"model.language_model.embed_tokens": None}
-    assert choice.remembered(trials.shapes_of(model.config, formats, mx.float32)) is None
+    assert choice.remembered(shapes.shapes_of(model.config, formats, mx.float32)) is None
 
 
 REASONS = {
@@ -94,7 +94,7 @@ REASONS = {
     SLOW: "slower",
     "uncompilable": "does not run: ",
     "hanging": f"gave no answer within {SECONDS:g} s",
-    "ending the process": "or ended the process",
+    "ending the process": "ended the process (exit code 11)",
 }
 
 
@@ -177,8 +177,7 @@ def test_json_has_the_whole_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_kernels_that_cannot_be_tried_are_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examine = partial(proof.examine_apart, worker=["/no/such/python"])
-    monkeypatch.setattr(proof, "examine_apart", examine)
+    monkeypatch.setattr(apart, "verdicts", partial(apart.verdicts, worker=["/no/such/python"]))
     with pytest.raises(qwen35_mlx.ModelError, match="kernels: cannot be tried .* expected"):
         run(folder)
 
@@ -232,15 +231,33 @@ def test_the_help_fits_a_screen_and_says_what_was_executed_where() -> None:
     assert "Examples:" in output and "QWEN35_REFERENCE=1" in output
 
 
-def test_a_size_needs_no_folder_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_needs_no_folder_and_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(choice, "gpu", dict)
+    monkeypatch.setenv("QWEN35_HOME", str(tmp_path))
     for size in family.SIZES:
         assert run(size.name.lower()).return_value == 0
+
+
+def test_a_size_is_what_generate_takes_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that was converted here, else mlx-community's: 4 bits throughout."""
+    monkeypatch.setattr(hub, "conversion", lambda _: None)
+    title, _, formats = subject.as_loaded("4b", None, None)
+    assert title == "4B, 4bit, uniform"
+    assert {packing.bits for path, packing in formats.items() if packing} == {4}
+    monkeypatch.setattr(hub, "conversion", lambda size: DEMO if size.name == "4B" else None)
+    assert subject.as_loaded("4b", None, None)[0].startswith("demo-model")
+    assert subject.as_loaded("4b", 8, None)[0] == "4B, 8bit, uniform"
 
 
 def test_the_clock_of_the_worker_is_its_own() -> None:
     clock = broken_kernels.Clock()
     x = [mx.array(np.ones(3, np.float32))]
-    trial = proof.Trial("a", "b", lambda _: x, lambda _: x, lambda _: x, 12)
-    verdict = proof.examine(clock.timed(trial, 3.0), clock)
-    assert (verdict.seconds, verdict.reference_seconds) == (3.0, 2.0)
+    plan = proof.Plan("a", "b", lambda: proof.Trial(lambda _: x, lambda _: x, lambda _: x, 12))
+    verdict = proof.examine(clock.timed(plan, 3.0), clock)
+    assert verdict and (verdict.seconds, verdict.reference_seconds) == (3.0, 2.0)

@@ -9,6 +9,7 @@ import pytest
 from metal_cpu import emulated
 from moe_kernels import (
     F32_ERROR,
+    FOUR_BITS,
     KERNELS,
     RUNS,
     TRUE_WIDTHS,
@@ -18,6 +19,7 @@ from moe_kernels import (
     excess,
     executed,
     is_whole,
+    part_of_name,
     streamed,
     true_width,
     unpacked,
@@ -34,6 +36,13 @@ def affine(bits: int, group: int) -> Format:
     return Format("affine", bits, group)
 
 
+# All of it plain, or only a part. 32 lanes load such rows in two goes, the second of one lane; in
+# less than one; in two.
+PLAIN_CASES = [
+    Case(1, BF16, None, None, BF16, hidden=264, inner=6, shared_inner=10),
+    Case(3, F16, None, affine(8, 32), F32, inner=10, crowded=True),
+    Case(5, F32, affine(4, 32), None, F16, hidden=512, inner=6, shared_inner=14),
+]
 # N * K and N on both sides of 8 elements, where Metal changes the kind of memory; the widths at
 # which a lane loads 1, 2 and 4 words; gate rows that end within a threadgroup.
 CASES = [
@@ -43,6 +52,7 @@ CASES = [
     Case(8, F32, affine(4, 32), affine(8, 32), F32, crowded=True),
     Case(2, F32, affine(4, 128), affine(8, 64), E=4, K=2, hidden=1024, inner=6, shared_inner=10),
     Case(7, BF16, affine(8, 64), affine(4, 64), E=9, hidden=512, inner=14, shared_inner=4),
+    *PLAIN_CASES,
 ]
 
 
@@ -75,23 +85,45 @@ def test_every_format_and_type_for_every_number_of_tokens(
         assert excess(h, case.data.gate_up_wanted()) <= F32_ERROR
 
 
-@pytest.mark.parametrize("N", [1, 4])
-def test_true_width_reads_each_chosen_expert_once(N: int) -> None:
-    case = true_width("35B-A3B", N)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("kind", [F32, F16, BF16])
+def test_every_plain_type_for_every_number_of_tokens(kind: mx.Dtype, dtype: mx.Dtype) -> None:
+    for N in range(1, 9):
+        routed, shared = [(None, None), (None, affine(8, 64)), (affine(4, 64), None)][N % 3]
+        sizes = {"hidden": 320, "inner": 20, "shared_inner": 12}
+        case = Case(N, dtype, routed, shared, kind, crowded=N % 2 == 0, **sizes)
+        with executed(**RUNS[N % 3]) as launches:
+            h = case.data.gate_up_result()
+        assert excess(h, case.data.gate_up_wanted()) <= F32_ERROR
+        needed = case.data.streamed_bytes(case.data.gate_up, case.data.shared_gate_up)
+        assert streamed(launches[0])[0] == needed
+
+
+# Of weights, and how many lines of x at most for each of theirs: every simdgroup reads a token's x
+# for four rows.
+@pytest.mark.parametrize(
+    "packing, N, most",
+    [(FOUR_BITS, 1, 0.9), (FOUR_BITS, 4, 2.5), (None, 1, 0.25)],
+    ids=part_of_name,
+)
+def test_true_width_reads_each_chosen_expert_once(
+    packing: Format | None, N: int, most: float
+) -> None:
+    case = true_width("35B-A3B", N, packing)
     with executed() as launches:
         h = case.data.gate_up_result()
     assert excess(h, case.data.gate_up_wanted()) <= F32_ERROR
     unique, lines = streamed(launches[0])
     assert unique == case.data.streamed_bytes(case.data.gate_up, case.data.shared_gate_up)
     assert lines <= 1.25 * unique
-    # Every simdgroup reads a token's x for four rows of weights.
-    assert launches[0].buffers["x"].read.lines <= lines * (0.9 if N == 1 else 2.5)
+    assert launches[0].buffers["x"].read.lines <= lines * most
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, N, bits, group", TRUE_WIDTHS)
-def test_every_true_width_streams(size: str, N: int, bits: int, group: int) -> None:
-    case = true_width(size, N, bits, group)
+@pytest.mark.parametrize("size, N, packing", TRUE_WIDTHS, ids=part_of_name)
+def test_every_true_width_streams(size: str, N: int, packing: Format | None) -> None:
+    case = true_width(size, N, packing)
     with executed() as launches:
         h = case.data.gate_up_result()
     assert excess(h, case.data.gate_up_wanted()) <= F32_ERROR
@@ -114,8 +146,9 @@ def test_reference_agrees_with_float64(case: Case) -> None:
         Case(2, routed=affine(3, 32)),
         Case(2, shared=Format("mxfp8", 8, 32)),
         Case(2, inner=65, shared_inner=32),
+        Case(2, routed=None, shared=None, hidden=100),
     ],
-    ids=["nine tokens", "three bits", "float format", "odd width"],
+    ids=["nine tokens", "three bits", "float format", "odd width", "plain, of no whole loads"],
 )
 def test_what_the_kernel_does_not_know_takes_the_reference(case: Case) -> None:
     data = case.data

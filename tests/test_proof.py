@@ -1,8 +1,6 @@
 """One trial: what counts as right, what is timed, and a process that does not come back."""
 
 import math
-import sys
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +9,7 @@ import pytest
 
 from broken_kernels import Clock
 from qwen35_mlx import proof
-from qwen35_mlx.proof import TOLERANCES, Op, Trial, Verdict, chosen, examine, why_not
+from qwen35_mlx.proof import TOLERANCES, Op, Plan, Trial, Verdict, chosen, examine, why_not
 
 X = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
 
@@ -20,8 +18,11 @@ def constant(*values: Any, dtype: mx.Dtype = mx.float32) -> Op:
     return lambda _: [mx.array(value).astype(dtype) for value in values]
 
 
-def trial(launch: Op, reference: Op, exact: Op | None = None) -> Trial:
-    return Trial("twice", "3 x 50", launch, reference, exact or reference, 600)
+def examined(launch: Op, reference: Op, exact: Op | None = None, **given: Any) -> Verdict:
+    trial = Trial(launch, reference, exact or reference, 600, **given)
+    verdict = examine(Plan("twice", "3 x 50", lambda: trial))
+    assert verdict is not None
+    return verdict
 
 
 def off_by(share: float) -> np.ndarray:
@@ -35,7 +36,7 @@ def off_by(share: float) -> np.ndarray:
 def test_the_largest_error_decides(dtype: mx.Dtype) -> None:
     tolerance = TOLERANCES[dtype]
     for share, right in ((0.3 * tolerance, True), (1.6 * tolerance, False)):
-        verdict = examine(trial(constant(off_by(share), dtype=dtype), constant(X, dtype=dtype)))
+        verdict = examined(constant(off_by(share), dtype=dtype), constant(X, dtype=dtype))
         assert verdict.is_right is right, verdict
         assert verdict.tolerance == tolerance
         assert verdict.error == pytest.approx(share, abs=0.7 * tolerance)
@@ -44,8 +45,8 @@ def test_the_largest_error_decides(dtype: mx.Dtype) -> None:
 
 def test_the_reference_in_f32_counts_and_not_its_rounding() -> None:
     rounded = np.round(X)
-    assert examine(trial(constant(X), constant(rounded), constant(X))).is_right
-    assert not examine(trial(constant(rounded), constant(rounded), constant(X))).is_right
+    assert examined(constant(X), constant(rounded), constant(X)).is_right
+    assert not examined(constant(rounded), constant(rounded), constant(X)).is_right
 
 
 @pytest.mark.parametrize("output", [0, 1])
@@ -54,16 +55,16 @@ def test_every_output_is_compared(output: int) -> None:
     wrong = list(values)
     wrong[output] = wrong[output].copy()
     wrong[output][2, 3] *= 1.5
-    assert examine(trial(constant(*values), constant(*values))).is_right
-    assert not examine(trial(constant(*wrong), constant(*values))).is_right
+    assert examined(constant(*values), constant(*values)).is_right
+    assert not examined(constant(*wrong), constant(*values)).is_right
 
 
 def test_whole_numbers_are_equal_or_wrong() -> None:
     found, wanted = np.arange(40), np.arange(40)
     kind = mx.uint32
-    assert examine(trial(constant(found, dtype=kind), constant(wanted, dtype=kind))).is_right
+    assert examined(constant(found, dtype=kind), constant(wanted, dtype=kind)).is_right
     found[-1] += 1
-    assert not examine(trial(constant(found, dtype=kind), constant(wanted, dtype=kind))).is_right
+    assert not examined(constant(found, dtype=kind), constant(wanted, dtype=kind)).is_right
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_whole_numbers_are_equal_or_wrong() -> None:
     ids=["all NaN", "one NaN", "one infinity", "another shape", "another type"],
 )
 def test_what_cannot_be_compared_is_wrong(launch: Op) -> None:
-    verdict = examine(trial(launch, constant(X)))
+    verdict = examined(launch, constant(X))
     assert not verdict.is_right and verdict.problem is None
     assert why_not("twice", [verdict]) == "differs"
     assert not chosen([verdict])
@@ -91,7 +92,7 @@ def test_a_launch_that_is_wrong_now_and_then_is_wrong() -> None:
         calls.append(n)
         return [mx.array(off_by(1.0) if len(calls) == proof.REPEATS else X)]
 
-    assert not examine(trial(launch, constant(X))).is_right
+    assert not examined(launch, constant(X)).is_right
 
 
 def test_memory_that_the_reference_left_is_no_result() -> None:
@@ -105,7 +106,7 @@ def test_memory_that_the_reference_left_is_no_result() -> None:
 
         return op
 
-    examine(Trial("a", "b", noted("launch"), noted("reference"), noted("exact"), 1))
+    examined(noted("launch"), noted("reference"), noted("exact"))
     assert order[: proof.REPEATS] == ["launch"] * proof.REPEATS
 
 
@@ -113,9 +114,34 @@ def test_an_error_of_the_compiler_is_one_line() -> None:
     def launch(_: int) -> list[mx.array]:
         raise RuntimeError("[metal::Device] Unable to build\nerror: no double\n" + 900 * "x")
 
-    verdict = examine(trial(launch, constant(X)))
+    verdict = examined(launch, constant(X))
     assert verdict.problem == "does not run: [metal::Device] Unable to build"
     assert why_not("twice", [verdict]) == verdict.problem
+
+
+def test_of_the_references_own_failure_the_kernel_is_not_blamed() -> None:
+    def fail(_: int) -> list[mx.array]:
+        raise MemoryError("too large")
+
+    for ops in ((constant(X), fail, constant(X)), (constant(X), constant(X), fail)):
+        assert examined(*ops).problem == "MLX's own operations do not run: too large"
+
+    def no_inputs() -> Trial:
+        raise MemoryError("no room")
+
+    verdict = examine(Plan("a", "b", no_inputs))
+    assert verdict is not None and verdict.problem == "its inputs cannot be made: no room"
+
+
+def test_a_kernel_that_does_not_fit_has_no_verdict() -> None:
+    assert examine(Plan("a", "b", lambda: None)) is None
+
+
+def test_what_is_not_timed_is_compared_only() -> None:
+    verdict = examined(constant(X), constant(X), is_timed=False)
+    assert verdict.is_right and math.isnan(verdict.seconds)
+    assert chosen([verdict]) == {"twice"}
+    assert not examined(constant(off_by(1.0)), constant(X), is_timed=False).is_right
 
 
 def test_times_are_of_one_call_and_taken_in_turns() -> None:
@@ -153,86 +179,3 @@ def test_a_kernel_has_to_be_right_in_every_case_and_as_fast_in_all_together() ->
     assert chosen(verdicts) == {"even", "mixed"}
     reasons = {kernel: why_not(kernel, verdicts) for kernel in ("slow", "wrong", "broken")}
     assert reasons == {"slow": "slower", "wrong": "differs", "broken": "does not run: no"}
-
-
-# -- another process -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a worker here is told."""
-
-    width: int = 5
-
-
-def worker(code: str) -> list[str]:
-    """A process that knows the request as `request` and speaks with `say`."""
-    head = (
-        "import json, os, sys, time\n"
-        "request = json.load(sys.stdin)\n"
-        "def say(*lines):\n"
-        "    for line in lines: print(json.dumps(line), flush=True)\n"
-        "def done(kernel): return {'kernel': kernel, 'case': 'c', 'error': 0.0, 'tolerance': 1.0,\n"
-        "    'nbytes': request['shapes']['width'], 'seconds': 1.0, 'reference_seconds': 2.0,\n"
-        "    'problem': None}\n"
-        "def begun(kernel): return {'kernel': kernel, 'case': 'c'}\n"
-    )
-    return [sys.executable, "-c", head + code]
-
-
-def test_verdicts_come_as_they_are_made() -> None:
-    heard: list[Verdict] = []
-    code = "say(begun('a'), done('a'), begun('b'), done('b'), 'end')"
-    found = proof.examine_apart(Shapes(), worker(code), progress=heard.append)
-    assert [v.kernel for v in found] == ["a", "b"] and heard == found
-    assert {v.nbytes for v in found} == {5}
-
-
-@pytest.mark.parametrize("end", ["time.sleep(600)", "os._exit(9)", "os.abort()"])
-def test_a_trial_without_an_answer_is_its_kernels_problem_and_the_rest_goes_on(end: str) -> None:
-    code = (
-        "if not request['skip']:\n"
-        f"    say(begun('a'), done('a'), begun('b')); {end}\n"
-        "assert request['skip'] == ['a', 'b']\n"
-        "say(begun('c'), done('c'), 'end')"
-    )
-    found = proof.examine_apart(Shapes(), worker(code), seconds=4.0)
-    assert [v.kernel for v in found] == ["a", "b", "c"]
-    assert chosen(found) == {"a", "c"}
-    assert "no answer within 4 s" in why_not("b", found)
-
-
-def test_a_process_that_says_nothing_is_an_error_and_no_endless_loop() -> None:
-    with pytest.raises(RuntimeError, match="ended between two trials"):
-        proof.examine_apart(Shapes(), worker("pass"))
-    with pytest.raises(OSError):
-        proof.examine_apart(Shapes(), ["/no/such/python"])
-
-
-def test_the_worker_imports_what_this_process_does_and_nothing_from_the_current_folder(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "json.py").write_text("raise SystemExit('from the current folder')")
-    monkeypatch.chdir(tmp_path)
-    code = "import metal_cpu\nsay(begun('a'), done('a'), 'end')"  # lies in the tests' folder
-    command = worker(code)
-    found = proof.examine_apart(Shapes(), [command[0], "-P", *command[1:]])
-    assert [v.kernel for v in found] == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("executable", "frozen", "can"),
-    [
-        ("/usr/bin/python3.12", False, True),
-        ("/x/.venv/bin/python", False, True),
-        ("/Applications/Talk.app/Contents/MacOS/Talk", False, False),
-        ("/usr/bin/python3", True, False),
-        ("", False, False),
-    ],
-)
-def test_a_program_that_embeds_python_is_not_started_again(
-    executable: str, frozen: bool, can: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "executable", executable)
-    monkeypatch.setattr(sys, "frozen", frozen, raising=False)
-    assert proof.can_examine_apart() is can

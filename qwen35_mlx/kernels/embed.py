@@ -14,7 +14,7 @@ _DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 def embed(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:
     """The rows of `matrix` that `tokens` name.
 
-    tokens: `[B, T]` ids, uint32 or int32; one outside the matrix counts as the last.
+    tokens: `[B, T]` uint32 ids; one outside the matrix counts as the last.
     matrix: `[V, hidden]`, plain or packed in any format.
 
     Returns: `[B, T, hidden]` in `dtype`; of an affine format `scale q + bias` in f32, rounded once.
@@ -29,7 +29,7 @@ def embed(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:
 def fits(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> bool:
     """Whether the kernel serves these types and this format."""
     is_affine = matrix.packing is not None and matrix.packing.mode == "affine"
-    return is_affine and tokens.dtype in (mx.uint32, mx.int32) and dtype in _DTYPES
+    return is_affine and tokens.dtype == mx.uint32 and dtype in _DTYPES
 
 
 def reference(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:

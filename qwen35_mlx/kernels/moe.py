@@ -8,6 +8,8 @@ from ..packing import Format
 
 # More tokens are sorted by expert: their products are large enough for MLX's own kernels.
 MAX_TOKENS = 8
+# The types of plain matrices that kernels read.
+PLAIN = (mx.float32, mx.float16, mx.bfloat16)
 
 
 class Packed(NamedTuple):
@@ -26,19 +28,42 @@ class Packed(NamedTuple):
 
 
 def is_streamable(matrix: Packed, rows: int) -> bool:
-    """Whether this project's kernels read it, `rows` rows at a time: affine, 4 or 8 bits."""
-    packing, arrays = matrix.packing, matrix[:3]
-    if packing is None or packing.mode != "affine" or packing.bits not in (4, 8):
-        return False
+    """Whether this project's kernels read it, `rows` rows at a time: plain, or affine 4 or 8 bits.
+
+    Of a plain row a lane loads 16 bytes at once, and rows may not end within them.
+    """
+    packing, arrays = matrix.packing, buffers(matrix)
+    if packing is None:
+        known = matrix.weight.dtype in PLAIN and matrix.columns % 8 == 0
+    else:
+        known = packing.mode == "affine" and packing.bits in (4, 8) and matrix.biases is not None
     # Metal gets arrays of fewer than 8 elements in another kind of memory.
-    return matrix.weight.shape[-2] % rows == 0 and all(
-        a is not None and a.size >= 8 for a in arrays
-    )
+    return known and matrix.weight.shape[-2] % rows == 0 and all(a.size >= 8 for a in arrays)
+
+
+def buffers(matrix: Packed) -> list[mx.array]:
+    """What a kernel is given of it; a plain one stands in for the scales and biases it lacks."""
+    return [matrix.weight if array is None else array for array in matrix[:3]]
+
+
+def layout(matrix: Packed, prefix: str = "") -> list[tuple[str, int]]:
+    """The template arguments that tell a kernel how the rows lie: bits, group, words at once."""
+    if matrix.packing is None:
+        bits, group = 8 * matrix.weight.itemsize, matrix.columns
+    else:
+        bits, group = matrix.packing.bits, matrix.packing.group_size
+    return [
+        (f"{prefix}Bits", bits),
+        (f"{prefix}Group", group),
+        (f"{prefix}Words", words_at_once(matrix)),
+    ]
 
 
 def words_at_once(matrix: Packed) -> int:
-    """How many packed words a lane loads at once: 4 where a row fills 32 lanes with that."""
+    """How many words of 32 bits a lane loads at once; of packed ones 4 if that fills 32 lanes."""
     words = matrix.weight.shape[-1]
+    if matrix.packing is None:
+        return 4
     return 4 if words % 128 == 0 else 2 if words % 64 == 0 else 1
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from . import library
-from .moe import Packed, grouped_matmul, is_streamable, matmul, words_at_once
+from .moe import Packed, buffers, grouped_matmul, is_streamable, layout, matmul, words_at_once
 
 # At most so many of a threadgroup; K + 1 where that is less, one for each matrix of one token.
 _SIMDGROUPS = 12
@@ -85,13 +85,11 @@ def launch(
 ) -> mx.array:
     """The same by `metal/moe_down.metal`."""
     (N, K), hidden = experts.shape, down.weight.shape[1]
-    assert down.packing and shared_down.packing
-    words = words_at_once(down)
     simdgroups = min(K + 1, _SIMDGROUPS)
     # 64 bytes of a lane on their way at once, where the sums leave registers for that.
-    rows = 8 if words < 4 and N <= 2 and hidden % 8 == 0 else 4
+    rows = 8 if words_at_once(down) < 4 and N <= 2 and hidden % 8 == 0 else 4
     (y,) = library.kernel("moe_down", _INPUTS, ("y",))(
-        inputs=[h, experts, weights, shared, *down[:3], *shared_down[:3]],
+        inputs=[h, experts, weights, shared, *buffers(down), *buffers(shared_down)],
         template=[
             ("T", h.dtype),
             ("N", N),
@@ -101,12 +99,8 @@ def launch(
             ("Shared", shared_down.columns),
             ("Rows", rows),
             ("Simdgroups", simdgroups),
-            ("Bits", down.packing.bits),
-            ("Group", down.packing.group_size),
-            ("Words", words),
-            ("SharedBits", shared_down.packing.bits),
-            ("SharedGroup", shared_down.packing.group_size),
-            ("SharedWords", words_at_once(shared_down)),
+            *layout(down),
+            *layout(shared_down, "Shared"),
         ],
         grid=(32, simdgroups, hidden // rows),
         threadgroup=(32, simdgroups, 1),

@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from . import library
 from .fused import swiglu
-from .moe import Packed, grouped_matmul, is_streamable, matmul, words_at_once
+from .moe import Packed, buffers, grouped_matmul, is_streamable, layout, matmul
 
 # Of a threadgroup. They share nothing: few, so that a group whose expert is another's ends early.
 _SIMDGROUPS = 4
@@ -51,10 +51,9 @@ def launch(x: mx.array, experts: mx.array, gate_up: Packed, shared_gate_up: Pack
     """The same by `metal/moe_gate_up.metal`."""
     (N, hidden), K = x.shape, experts.shape[1]
     inner, shared = gate_up.weight.shape[1] // 2, shared_gate_up.weight.shape[0] // 2
-    assert gate_up.packing and shared_gate_up.packing
     blocks = -(-max(inner, shared) // (2 * _SIMDGROUPS))
     (h,) = library.kernel("moe_gate_up", _INPUTS, ("h",))(
-        inputs=[x, experts, *gate_up[:3], *shared_gate_up[:3]],
+        inputs=[x, experts, *buffers(gate_up), *buffers(shared_gate_up)],
         template=[
             ("T", x.dtype),
             ("N", N),
@@ -63,12 +62,8 @@ def launch(x: mx.array, experts: mx.array, gate_up: Packed, shared_gate_up: Pack
             ("Inner", inner),
             ("Shared", shared),
             ("Simdgroups", _SIMDGROUPS),
-            ("Bits", gate_up.packing.bits),
-            ("Group", gate_up.packing.group_size),
-            ("Words", words_at_once(gate_up)),
-            ("SharedBits", shared_gate_up.packing.bits),
-            ("SharedGroup", shared_gate_up.packing.group_size),
-            ("SharedWords", words_at_once(shared_gate_up)),
+            *layout(gate_up),
+            *layout(shared_gate_up, "Shared"),
         ],
         grid=(32, _SIMDGROUPS * blocks, 1 + N * K),
         threadgroup=(32, _SIMDGROUPS, 1),

@@ -70,27 +70,24 @@ def launch(logits: mx.array, k: int, among: int) -> tuple[mx.array, mx.array]:
     """The same by `metal/top_k_blocks.metal` and `metal/top_k.metal`."""
     B, width = logits.shape
     blocks = -(-among // BLOCK)
-    largest_of_blocks = library.kernel("top_k_blocks", ("logits",), ("maxima",))
+    largest_of_blocks = library.kernel("top_k_blocks", ("logits", "size"), ("maxima",))
     (maxima,) = largest_of_blocks(
-        inputs=[logits],
-        template=[("Width", width), ("Size", among), ("Blocks", blocks)],
+        inputs=[logits, among],
+        template=[("Width", width)],
         grid=(32 * -(-blocks // _BLOCKS_PER_SIMDGROUP), B, 1),
         threadgroup=(32 * _SIMDGROUPS, 1, 1),
         output_shapes=[(B, blocks)],
         output_dtypes=[mx.float32],
     )
     threads, each = _plan(min(k, blocks))
-    choose = library.kernel("top_k", ("logits", "maxima"), ("values", "indices"))
+    choose = library.kernel("top_k", ("logits", "maxima", "size", "k"), ("values", "indices"))
     values, indices = choose(
-        inputs=[logits, maxima],
+        inputs=[logits, maxima, among, k],
         template=[
             ("Width", width),
-            ("Size", among),
-            ("Blocks", blocks),
-            ("K", k),
             ("Bits", _BITS[logits.dtype]),
-            ("Threads", threads),
             ("Each", each),
+            ("Maxima", -(-width // (BLOCK * _THREADS[0]))),
         ],
         grid=(threads, B, 1),
         threadgroup=(threads, 1, 1),

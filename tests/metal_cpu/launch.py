@@ -22,7 +22,9 @@ class Problem:
 
     kind: str
     kernel: str
-    line: int  # of `metal/NAME.metal`; of the body alone when the kernel has no header; 0 unknown
+    # Of `metal/NAME.metal`, or of the other file that the message ends with; of the body alone when
+    # the kernel has no header; 0 unknown.
+    line: int
     message: str  # what, where in which buffer, which threads
     count: int = 1
 

@@ -5,7 +5,7 @@ import re
 from .launch import CompileError
 from .text import Text
 from .toolchain import MESSAGES
-from .translate import body_line, masked
+from .translate import body_line, masked, pieces
 
 _SCALAR = (
     r"(?:float|half|bfloat(?:16_t)?|bool|size_t"
@@ -51,24 +51,31 @@ def _unqualified(plain: str) -> list[tuple[int, str]]:
     return [(m.end(), why) for m in pattern.finditer(plain)]
 
 
-def _faults(part: str, first: int, rules: tuple[tuple[str, str], ...]) -> list[tuple[int, str]]:
-    plain = masked(part)
-    found = [
-        (m.end() - 1, f"{m[0].strip()!r}: {why}")
-        for rule, why in rules
-        for m in re.finditer(rule, plain, re.MULTILINE)
-    ]
-    found += _unqualified(plain)
-    return [(first + plain.count("\n", 0, at), why) for at, why in found]
+Rules = tuple[tuple[str, str], ...]
+
+
+def _faults(text: str, name: str, line: int, rules: Rules) -> list[tuple[str, int, str]]:
+    """File, line and what is wrong there. name, line: where `text` begins."""
+    faults = []
+    for file, first, part in pieces(text, name, line):
+        plain = masked(part)
+        found = [
+            (m.end() - 1, f"{m[0].strip()!r}: {why}")
+            for rule, why in rules
+            for m in re.finditer(rule, plain, re.MULTILINE)
+        ]
+        found += _unqualified(plain)
+        faults += [(file, first + plain.count("\n", 0, at), why) for at, why in found]
+    return faults
 
 
 def textual(text: Text, name: str) -> None:
     """The rules on header and body; raises CompileError with the lines."""
-    faults = _faults(text.header, 1, RULES + IN_HEADER) + _faults(
-        text.body, body_line(text), RULES + IN_BODY
+    faults = _faults(text.header, name, 1, RULES + IN_HEADER) + _faults(
+        text.body, name, body_line(text), RULES + IN_BODY
     )
     if faults:
-        shown = [f"{name}.metal:{line}: {why}" for line, why in sorted(set(faults))]
+        shown = [f"{file}.metal:{line}: {why}" for file, line, why in sorted(set(faults))]
         raise CompileError("\n".join(shown[:MESSAGES]))
 
 

@@ -44,9 +44,11 @@ def problems(c: CLaunch, name: str, library: Path, memories: Sequence[Memory]) -
     found = []
     for p in c.problems[: c.problem_count]:
         place = lines.find(library, p.site) if p.site else lines.NOWHERE
-        message = _message(c, p, library, memories)
+        message = _message(c, p, name, library, memories)
         if place.file.endswith(".signature"):
             message += " (in the generated signature)"
+        elif place.file not in ("", f"{name}.metal"):
+            message += f" (in {place.file})"
         found.append(
             Problem(KINDS[p.kind - 1], name, p.line or place.number, message, int(p.count))
         )
@@ -62,7 +64,7 @@ def _where(p: CProblem, memories: Sequence[Memory]) -> str:
     return f"{m.name}[{p.offset // m.item}] of {m.data.size // m.item} elements"
 
 
-def _message(c: CLaunch, p: CProblem, library: Path, memories: Sequence[Memory]) -> str:
+def _message(c: CLaunch, p: CProblem, name: str, library: Path, memories: Sequence[Memory]) -> str:
     thread = f"threadgroup {p.group} thread {p.thread}"
     if p.kind == READ_BOUNDS:
         return f"{thread} reads {p.size} bytes at {_where(p, memories)}"
@@ -73,20 +75,27 @@ def _message(c: CLaunch, p: CProblem, library: Path, memories: Sequence[Memory])
     if p.kind == KINDS.index("input write") + 1:
         return f"{thread} writes {_where(p, memories)}, an input"
     if p.kind == RACE:
-        return _race(p, library, memories)
+        return _race(p, name, library, memories)
     if p.kind == ABSENT:
         return f"{thread} wants the value of lane {p.other_thread}, which does not exist"
     if p.kind in (DIVERGENT_BARRIER, EARLY_RETURN, DIVERGENT_SIMD):
-        other = lines.find(library, p.other_site) if p.other_site else None
-        there = f"is at line {other.number}" if other else "has returned"
+        there = f"is at {_line(p, name, library)}" if p.other_site else "has returned"
         return (
             f"threadgroup {p.group}: thread {p.thread} waits here, thread {p.other_thread} {there}"
         )
     return f"{TEXTS[p.kind]}; {thread}"
 
 
-def _race(p: CProblem, library: Path, memories: Sequence[Memory]) -> str:
-    line = lines.find(library, p.other_site).number
+def _line(p: CProblem, name: str, library: Path) -> str:
+    """Where the other thread was."""
+    other = lines.find(library, p.other_site)
+    return f"line {other.number}" + (
+        f" of {other.file}" if other.file not in ("", f"{name}.metal") else ""
+    )
+
+
+def _race(p: CProblem, name: str, library: Path, memories: Sequence[Memory]) -> str:
+    line = _line(p, name, library)
     earlier = "write" if p.other_write else "read"
     if p.other_group != p.group:
         apart = "no two threadgroups of a launch are ordered"
@@ -96,6 +105,6 @@ def _race(p: CProblem, library: Path, memories: Sequence[Memory]) -> str:
         apart = "no simdgroup_barrier for this memory between them"
     return (
         f"threadgroup {p.group} thread {p.thread} meets the {earlier} of threadgroup"
-        f" {p.other_group} thread {p.other_thread} (line {line}) at {_where(p, memories)};"
+        f" {p.other_group} thread {p.other_thread} ({line}) at {_where(p, memories)};"
         f" {apart}"
     )

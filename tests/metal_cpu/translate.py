@@ -2,7 +2,8 @@
 
 Only what C++ cannot say is rewritten, and no line moves: threadgroup variables become references
 into the engine's arena, `h` and `bf` suffixes become conversions, vector casts become calls.
-`#line` makes clang speak of the lines of `metal/NAME.metal`.
+`#line` makes clang speak of the lines of `metal/NAME.metal`; where the text has such directives
+itself, of what they say.
 """
 
 import re
@@ -65,7 +66,7 @@ def includes() -> tuple[str, str]:
 
 
 _VARIABLE = re.compile(
-    r"(?:(?<=[;{}])|^)(?P<space>\s*)"
+    r"(?m:(?<=[;{}])|^)(?P<space>\s*)"
     r"threadgroup\s+(?:alignas\s*\(\s*\d+\s*\)\s*)?"
     r"(?P<type>(?:unsigned\s+)?[A-Za-z_][\w:]*(?:\s*<[^;=(){}]*>)?)\s+"
     r"(?P<names>[A-Za-z_]\w*(?:\s*\[[^;={}]*\]|\s*,\s*[A-Za-z_]\w*)*)\s*;"
@@ -122,8 +123,29 @@ def _expressions(text: str) -> str:
     return _STATIC_CAST.sub("::emu::cast<", text)
 
 
+_PLACED = re.compile(r'^#line (\d+) "(\w+)\.metal"\n', re.MULTILINE)
+
+
+def pieces(text: str, name: str, line: int) -> list[tuple[str, int, str]]:
+    """Kernel or helper, first line and text of each file that `text` was put together from.
+
+    name, line: of what comes before the first `#line`.
+    """
+    cuts = list(_PLACED.finditer(text))
+    starts = [(name, line, 0), *((cut[2], int(cut[1]), cut.end()) for cut in cuts)]
+    ends = [*(cut.start() for cut in cuts), len(text)]
+    found = zip(starts, ends, strict=True)
+    return [(file, first, text[start:end]) for (file, first, start), end in found if start < end]
+
+
 def body_line(text: Text) -> int:
-    """The line of `metal/NAME.metal` on which the body begins; 1 for a kernel without a header."""
+    """The line of `metal/NAME.metal` on which the body begins; 1 for a kernel without a header.
+
+    Where it begins with a `#line` of its own, the line that this would be.
+    """
+    placed = _PLACED.match(text.body)
+    if placed:
+        return int(placed[1]) - 1
     return text.header.count("\n") + 2 + DIVIDER if text.header else 1
 
 
