@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import terminal
+from .commands import Command
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -113,20 +114,7 @@ def _places(graph: "Graph") -> list[Place | None]:
 # -- the command -----------------------------------------------------------------------------------
 
 
-class Command(click.Command):
-    """A click command whose help ends with examples."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(
-            f"\nExamples:\n  {ctx.command_path} --launches 4b\n"
-            f"  {ctx.command_path} --launches 397b --verbose\n"
-        )
-
-
-@click.command(
-    cls=Command,
-    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
-)
+@click.command(cls=Command, examples=("--launches 4b", "--launches 397b --verbose"))
 @click.argument("model")
 @click.option("--launches", is_flag=True, help="Count GPU launches per token; needs no GPU.")
 @click.option("-b", "--bits", type=int, metavar="N", help="Of a size: 3, 4 (default), 5, 6, 8, 16.")

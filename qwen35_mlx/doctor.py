@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import terminal
+from .commands import Command
 
 if TYPE_CHECKING:
     from .proof import Verdict
@@ -24,19 +25,7 @@ NO_GPU = (
 )
 
 
-class Command(click.Command):
-    """A click command whose help ends with examples."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(
-            f"\nExamples:\n  {ctx.command_path} 4b\n  {ctx.command_path} my-folder --json\n"
-        )
-
-
-@click.command(
-    cls=Command,
-    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
-)
+@click.command(cls=Command, examples=("4b", "my-folder --json"))
 @click.argument("model", default="4b")
 @click.option("-b", "--bits", type=int, metavar="N", help="Of a size: 3, 4 (default), 5, 6, 8, 16.")
 @click.option("--recipe", metavar="NAME", help="Of a size: careful or uniform, as of `convert`.")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import terminal
+from .commands import Command
 from .errors import InputError, OutOfMemory, shown
 from .terminal import gigabytes, note
 
@@ -58,8 +59,8 @@ class Request:
     sampling: dict[str, Any]  # only what was given
 
 
-class Command(click.Command):
-    """A click command that remembers the order of --image and --video, and groups its help."""
+class Generate(Command):
+    """A command that remembers the order of --image and --video, and groups its help."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # click keeps one list per option; which came first is only in the arguments.
@@ -77,10 +78,6 @@ class Command(click.Command):
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records, col_max=36)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        typed = '--model 4b --image photo.jpg --prompt "What is this?"'
-        formatter.write(f"\nExample:\n  {ctx.command_path} {typed}\n")
 
 
 def _known_dtype(ctx: click.Context, option: click.Parameter, name: str | None) -> str | None:
@@ -102,10 +99,7 @@ def _say_versions(ctx: click.Context, _option: click.Parameter, asked: bool) -> 
         ctx.exit()
 
 
-@click.command(
-    cls=Command,
-    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
-)
+@click.command(cls=Generate, examples=['--model 4b --image photo.jpg --prompt "What is this?"'])
 @click.option(
     "-m", "--model", metavar="NAME", help="Folder, Hub id, or size: 0.8b 2b 4b (default) 9b ..."
 )

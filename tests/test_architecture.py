@@ -67,13 +67,14 @@ ALLOWED: dict[str, str] = {
     "model memory loader engine hub",
     "__init__": "version errors prompt parse sampling api",
     "terminal": "errors parse",
+    "commands": "",
     "convert": "errors files packing config shards checkpoint image video template prompt "
     "tokenizer family cache layers model memory engine hub api __init__ terminal",
-    "generate": "__init__ errors family memory shapes hub sampling api terminal",
+    "generate": "__init__ errors family memory shapes hub sampling api terminal commands",
     "subject": "errors family hub convert",
-    "bench": "family kernels stand_ins graph launches decode_step terminal subject",
+    "bench": "family kernels stand_ins graph launches decode_step terminal commands subject",
     "chips": "",
-    "doctor": "errors proof shapes choice terminal subject chips",
+    "doctor": "errors proof shapes choice terminal commands subject chips",
     "__main__": "__init__",
 }
 HEAVY = (
