@@ -11,12 +11,15 @@ the MTP head; ours writes everything, digests it and flushes it to the disk.
 import argparse
 import json
 import math
+import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,12 @@ def make(name: str, layers: int, cache: Path) -> Path:
     _write(folder, describe(folder, name, layers))
     (folder / ".complete").touch()
     return folder
+
+
+def made(name: str, layers: int, cache: Path) -> Path:
+    """`make` in a process of its own: this one's peak of memory would count as its children's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(make, name, layers, cache).result()
 
 
 def describe(folder: Path, name: str, layers: int) -> dict[str, tuple[int, ...]]:
@@ -106,7 +115,7 @@ def commands(source: Path, out: Path) -> dict[str, list[str]]:
 def measured(module: list[str], out: Path) -> dict[str, float]:
     """Seconds, and the peak of resident memory in MB, of one process.
 
-    Raises: RuntimeError when it fails.
+    Raises: RuntimeError when it fails, or its memory cannot be told from this process's.
     """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
@@ -122,6 +131,8 @@ def measured(module: list[str], out: Path) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise RuntimeError(f"{module}: exit code {process.returncode}\n{errors.decode()[-2000:]}")
+    if usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+        raise RuntimeError(f"{module}: its peak of memory is hidden behind that of its parent")
     return {
         "seconds": seconds,
         "CPU seconds": usage.ru_utime + usage.ru_stime,
@@ -150,7 +161,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every measurement here")
     parser.add_argument("--cache", type=Path, default=checkpoints.DEFAULT_CACHE)
     args = parser.parse_args()
-    source = make(*(("35b", 2) if args.experts else ("2b", 12)), args.cache)
+    source = made(*(("35b", 2) if args.experts else ("2b", 12)), args.cache)
     out = args.cache / "converted"
     nbytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     print(f"{machine()}\n{source.name}, {nbytes / 1e9:.1f} GB")

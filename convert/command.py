@@ -1,6 +1,5 @@
 """`qwen35-mlx convert`: a model in, a complete folder for MLX out. Exit codes as of `generate`."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from qwen35_mlx import hub, terminal
+from qwen35_mlx.commands import Command
 from qwen35_mlx.errors import ConversionError, Qwen35Error, shown
 from qwen35_mlx.family import SIZES
 from qwen35_mlx.terminal import gigabytes, harmless_line, note
@@ -24,19 +24,9 @@ from .request import Request, read_text, require_sense
 from .told import Told
 
 
-class Command(click.Command):
-    """A click command whose help ends with examples."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(
-            f"\nExamples:\n  {ctx.command_path} 9b --plan\n"
-            f"  {ctx.command_path} Qwen/Qwen3.5-9B --bits 4 --out qwen-9b-4bit\n"
-        )
-
-
 @click.command(
     cls=Command,
-    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+    examples=("9b --plan", "Qwen/Qwen3.5-9B --bits 4 --out qwen-9b-4bit"),
 )
 @click.argument("model", required=False)
 @click.option("-b", "--bits", type=int, metavar="N", help="3, 4 (default), 5, 6, 8, or 16: BF16.")
@@ -90,7 +80,7 @@ def run(request: Request) -> int:
     told = Told()
     try:
         if request.verify is not None:
-            return _verify(Path(os.path.expanduser(request.verify)), told)
+            return _verify(place.named(request.verify), told)
         if request.plan:
             _say_plan(request)
             return 0
@@ -123,8 +113,8 @@ def _model(request: Request) -> Model:
 def _out(request: Request, model: Model) -> Path:
     """The folder to be made."""
     if request.out is not None and not request.every:
-        return Path(os.path.expanduser(request.out))
-    parent = Path(os.path.expanduser(request.out)) if request.out else hub.models()
+        return place.named(request.out)
+    parent = place.named(request.out) if request.out else hub.models()
     return parent / f"{model.name.rpartition('/')[2]}-{request.options.label}"
 
 

@@ -7,12 +7,13 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qwen35_mlx import __version__
 from qwen35_mlx.errors import ConversionError, ModelError, shown
+from qwen35_mlx.family import from_generation_config
 from qwen35_mlx.files import read_json
 from qwen35_mlx.image import ImageProcessor
 from qwen35_mlx.packing import Format
@@ -29,6 +30,7 @@ from .writer import RECORD, flush_folder, write_whole
 PARTIAL, STATE, LOCK, MANIFEST = ".partial", "conversion.json", ".lock", "manifest.json"
 DOWNLOADS = "source"  # folder in the unfinished one where source files wait, when streamed
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
+SAMPLING = "generation_config.json"
 COPIED = (
     *NEEDED,
     "vocab.json",
@@ -38,7 +40,7 @@ COPIED = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
-    "generation_config.json",
+    SAMPLING,
     "LICENSE",
 )
 TEMPLATE = "chat_template.jinja"
@@ -144,6 +146,11 @@ def require_small_files(folder: Path) -> None:
             )
     for small in (Template, Tokenizer, ImageProcessor, VideoProcessor):
         small.read(folder)
+    for name in COPIED:
+        if name.endswith(".json") and (folder / name).is_file():
+            values = read_json(folder / name)
+            if name == SAMPLING:
+                from_generation_config(values, str(folder / name))
 
 
 @contextmanager
@@ -158,7 +165,7 @@ def begun(out: Path, state: dict[str, Any]) -> Iterator[Path]:
             f"{shown(partial)}: exists and was not begun by this program; expected a new "
             "folder. Move it away."
         )
-    partial.mkdir(parents=True, exist_ok=True)
+    _make(partial)
     _require_plain(partial)
     with (partial / LOCK).open("w") as lock:
         try:
@@ -172,6 +179,26 @@ def begun(out: Path, state: dict[str, Any]) -> Iterator[Path]:
             write_whole(partial / STATE, json.dumps(state, indent=1))
         _require_same(partial, _state(partial / STATE), state)
         yield partial
+
+
+def _make(partial: Path) -> None:
+    """With the folders above it; none of those stays when it cannot be made."""
+    above = [path for path in partial.parents if not path.exists()]
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for path in above:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def discard(partial: Path) -> None:
+    """Take away an unfinished folder in which nothing was done yet."""
+    for name in (STATE, LOCK):
+        (partial / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        partial.rmdir()
 
 
 def _require_plain(partial: Path) -> None:

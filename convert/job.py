@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from qwen35_mlx import memory
-from qwen35_mlx.errors import ConversionError, shown
+from qwen35_mlx.errors import ConversionError, OutOfMemory, shown
 
 from . import folder
 from .layout import Piece, Target
@@ -99,6 +99,10 @@ def convert(
     memory.require(planned.peak_memory, f"converting {shown(name)}", "Close other programs.")
     explained = _explained(folder.partial_of(out))
     with explained, folder.begun(out, state) as partial, closing(source):
+        if folder.is_made(out, name, options):  # by another run, since this one looked
+            folder.require_same_source(out, state)
+            folder.discard(partial)
+            return out
         folder.copy_small_files(source.folder, partial)
         with closing(supply or Local()) as bringing:
             _fill(source, planned, partial, bringing, progress)
@@ -246,9 +250,14 @@ def _require_disk(partial: Path, missing: int) -> None:
 
 @contextmanager
 def _explained(partial: Path) -> Iterator[None]:
-    """What the disk refuses, as one line; finished files stay."""
+    """What the disk or the memory refuses, as one line; finished files stay."""
     try:
         yield
+    except MemoryError:
+        raise OutOfMemory(
+            f"{shown(partial)}: memory ran out; finished files stay. Close other programs and run "
+            "the same command: it goes on from there."
+        ) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ConversionError(

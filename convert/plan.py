@@ -20,7 +20,7 @@ from .layout import MAIN, MTP, NORMS, Piece, Target, targets
 from .options import Options
 from .source import Source
 
-SLICE_BYTES = 16 << 20  # of floats converted at once
+SLICE_BYTES = 8 << 20  # of floats converted at once
 # Python and MLX take this much, and a slice lies in memory a few times over; measured by
 # benchmarks/conversion_memory.py.
 PROCESS_BYTES, SLICES = 200_000_000, 8
@@ -59,11 +59,11 @@ class OutFile:
         return struct.pack("<Q", len(text)) + text
 
     @cached_property
-    def offsets(self) -> dict[str, int]:
-        """Where each part begins in the file."""
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Where each part begins in the file, and its bytes."""
         found, offset = {}, len(self.header)
         for part in self.parts:
-            found[part.name] = offset
+            found[part.name] = (offset, part.nbytes)
             offset += part.nbytes
         return found
 

@@ -275,9 +275,15 @@ def _divergence(source: Path, out: Path, tokens: np.ndarray) -> Divergence:
         mean=float(kl.mean()),
         p99=float(np.quantile(kl, 0.99)),
         same_top=float(same.mean()),
-        source_perplexity=float(np.exp(p_loss[:-1].mean())),
-        perplexity=float(np.exp(q_loss[:-1].mean())),
+        source_perplexity=_perplexity(p_loss),
+        perplexity=_perplexity(q_loss),
     )
+
+
+def _perplexity(losses: np.ndarray) -> float:
+    """Of `[T]` losses in nats, the last of which has no token; infinite for a senseless model."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(losses[:-1].mean()))
 
 
 def _read(folder: Path, tokens: np.ndarray) -> tuple[Callable[[mx.array], mx.array], mx.array]:

@@ -21,14 +21,11 @@ from qwen35_mlx.files import LARGEST, Section, brief, is_whole, read_json
 from qwen35_mlx.packing import Format, measured
 from qwen35_mlx.shards import DECLARATION, Entry
 
+from .values import not_finite
+
 PLAIN = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8}
 NUMPY["F8_E4M3"] = np.uint8
-# Bits of a float, and those that are all set in an infinity or NaN; E4M3 has no infinity.
-FULL = {
-    "BF16": (16, 0x7F80), "F16": (16, 0x7C00), "F32": (32, 0x7F800000), "F8_E4M3": (8, 0x7F)
-}  # fmt: skip
-WORDS = 1 << 15  # of 8 bytes, checked at a time: they stay in the processor's cache
 OTHER_FORMS = {".gguf": "GGUF"} | dict.fromkeys((".bin", ".pt", ".pth"), "PyTorch's pickle form")
 SCALE = "_scale_inv"  # FP8's scales: `X.weight_scale_inv` beside `X.weight`
 
@@ -242,7 +239,8 @@ class Source:
                 f"{entry.file}: ends {wanted - len(data):,} bytes early; expected it to stay as "
                 "its header says. Download it again."
             )
-        if not _is_finite(data, entry.dtype):
+        # Packing would hide it, since MLX's extremes of a group leave it out.
+        if not_finite(data, entry.dtype):
             name = next((n for n, e in self.entries.items() if e == entry), "a tensor")
             raise ModelError(
                 f"{entry.file}: {name} holds NaN or infinity in rows {first} to "
@@ -264,31 +262,6 @@ class Source:
         for path in [file] if file else list(self._descriptors):
             if path in self._descriptors:
                 os.close(self._descriptors.pop(path))
-
-
-def _is_finite(data: bytes, dtype: str) -> bool:
-    """Whether no float has its exponent full (E4M3: exponent and mantissa).
-
-    Eight bytes at a time: masked, one more than full carries into the sign's bit of its own float.
-    Packing would hide such a value, since MLX's extremes of a group leave it out.
-    """
-    if dtype not in FULL:
-        return True
-    bits, full = FULL[dtype]
-    lanes = range(0, 64, bits)
-    mask, one, sign = (
-        np.uint64(sum(value << lane for lane in lanes))
-        for value in (full, full & -full, 1 << (bits - 1))
-    )
-    padded = data + bytes(-len(data) % 8) if len(data) % 8 else data
-    words = np.frombuffer(padded, np.uint64)
-    for start in range(0, len(words), WORDS):
-        found = words[start : start + WORDS] & mask
-        found += one
-        found &= sign
-        if found.any():
-            return False
-    return True
 
 
 def open_folder(folder: Path) -> Source:

@@ -6,7 +6,9 @@ nothing else.
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ from .layout import MAIN, NORMS, targets
 from .manifest import Manifest, Record, json_or_problem, read_manifest
 from .options import Options
 from .source import Source
+from .values import not_finite
+from .writer import READ_BYTES
 
-READ_BYTES = 32 << 20
+READERS = 4  # tensors at a time: one thread digests slower than a disk reads
 NORMS_FILE = f"{NORMS}.safetensors"
 BLOCKS = ("quantization", "quantization_config")  # MLX's programs read either
-# Bits of the exponent: all of them set is an infinity or NaN.
-EXPONENT = {"BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
 # Bytes that decode to no number, or times the largest code to none: scales of E8M0 (a power of two)
 # and E4M3, codes of E4M3.
 BAD_SCALES = {"mxfp4": b"\xfd\xfe\xff", "mxfp8": bytes(range(0xF7, 0x100)), "nvfp4": b"\x7f\xff"}
@@ -44,7 +46,7 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
 
     The manifest, each header and digest, the index, config.json's quantization against the widths,
     the tensors that the model of config.json needs, finite values, and exact norms against rounded
-    ones. Memory: a few times 32 MB.
+    ones.
     progress: bytes of tensors done, in all.
     Returns: a line for each problem, naming the file and the tensor or entry; none if all is well.
     Raises: ModelError when the folder is not one of ours.
@@ -79,6 +81,14 @@ def verify(folder: Path, progress: Progress | None = None) -> list[str]:
 
 def _require_ours(folder: Path) -> None:
     """Either of config.json and the manifest may be damaged; the other then shows it."""
+    try:
+        os.listdir(folder)
+    except PermissionError as error:  # which looks like an empty folder to the rest
+        raise ModelError(
+            f"{shown(folder)}: {error.strerror}; expected a folder that can be read. Mend that."
+        ) from None
+    except OSError:
+        pass
     made = (("config.json", (DECLARATION,)), (MANIFEST, ("tensors", "files")))
     for name, keys in made:
         try:
@@ -267,30 +277,69 @@ def _contents(
     progress: Progress | None,
 ) -> Iterator[str]:
     """Digest and values of every tensor."""
-    total = sum(entry.nbytes for found in headers.values() for entry in found.values())
-    done = 0
-    if progress:
-        progress(done, total)
-    for file, found in headers.items():
-        for name, entry in sorted(found.items(), key=lambda item: item[1].offset):
-            record = records.get(file, {}).get(name)
-            bad = _bad_bytes(name, entry.dtype, formats)
-            state, strange, first = hashlib.sha256(), 0, done
-            done += entry.nbytes
-            try:
-                for data in _slices(entry, READ_BYTES):
-                    state.update(data)
-                    strange += _count_strange(data, entry.dtype, bad)
-                    first += len(data)
-                    if progress:
-                        progress(first, total)
-            except OSError as error:
-                yield f"{file}: {shown(name)}: {error.strerror or error}"
-                continue
-            if record and state.hexdigest() != record.sha256:
-                yield f"{file}: {shown(name)} is not as it was written; its sha256 differs"
-            if strange:
-                yield f"{file}: {shown(name)} holds {strange:,} values that are not finite"
+    stored = [
+        (name, entry, records.get(file, {}).get(name))
+        for file, entries in headers.items()
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].offset)
+    ]
+    count = _Count(sum(entry.nbytes for _, entry, _ in stored), progress)
+
+    def problems(one: tuple[str, Entry, Record | None]) -> list[str]:
+        return list(_content(*one, formats, count))
+
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for found in pool.map(problems, stored):
+            yield from found
+    finally:
+        count.over.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Count:
+    """Bytes that several threads have read. over: set to end them early."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+        self.over = threading.Event()
+        self._alone = threading.Lock()
+        self.moved(0)
+
+    def moved(self, nbytes: int) -> None:
+        with self._alone:
+            self.done += nbytes
+            if self.progress:
+                self.progress(self.done, self.total)
+
+
+def _content(
+    name: str,
+    entry: Entry,
+    record: Record | None,
+    formats: Mapping[str, Format | None],
+    count: _Count,
+) -> Iterator[str]:
+    """What is wrong with the bytes of one tensor."""
+    where, bad = f"{entry.file.name}: {shown(name)}", _bad_bytes(name, entry.dtype, formats)
+    state, strange, left = hashlib.sha256(), 0, entry.nbytes
+    try:
+        for data in _slices(entry, READ_BYTES):
+            if count.over.is_set():
+                return
+            state.update(data)
+            strange += not_finite(data, entry.dtype)
+            if bad:
+                strange += len(data) - len(data.translate(None, bad))
+            left -= len(data)
+            count.moved(len(data))
+    except OSError as error:
+        count.moved(left)
+        yield f"{where}: {error.strerror or error}"
+        return
+    if record and state.hexdigest() != record.sha256:
+        yield f"{where} is not as it was written; its sha256 differs"
+    if strange:
+        yield f"{where} holds {strange:,} values that are not finite"
 
 
 def _slices(entry: Entry, at_once: int) -> Iterator[bytes]:
@@ -305,13 +354,6 @@ def _slices(entry: Entry, at_once: int) -> Iterator[bytes]:
             yield data
     finally:
         os.close(descriptor)
-
-
-def _count_strange(data: bytes, dtype: str, bad: bytes) -> int:
-    if dtype in EXPONENT:
-        kind, mask = EXPONENT[dtype]
-        return int(np.count_nonzero((np.frombuffer(data, kind) & mask) == mask))
-    return len(data) - len(data.translate(None, bad)) if bad else 0
 
 
 def _bad_bytes(name: str, dtype: str, formats: Mapping[str, Format | None]) -> bytes:

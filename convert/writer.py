@@ -20,15 +20,16 @@ from .layout import NORMS, Piece, Target
 from .plan import OutFile, Plan
 
 TEMPORARY, RECORD = ".tmp", ".sha256.json"
-READ_BYTES = 4 << 20
+READ_BYTES = 1 << 20  # stays in the processor's cache while it is digested
 
 
 class Writer:
     """The files of one plan in the unfinished folder.
 
-    A finished file has its name and, beside it, a record of its tensors' digests. The exact norms
-    of all shards share one file, which therefore is finished last: its rows are flushed before the
-    shard they belong to gets its name, and kept under the temporary name between runs.
+    A finished file has its name and, beside it, a record of its tensors' digests, each of what was
+    read back once the tensor was whole. The exact norms of all shards share one file, which
+    therefore is finished last: its rows are flushed before the shard they belong to gets its name,
+    and kept under the temporary name between runs.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
@@ -44,7 +45,9 @@ class Writer:
         self._descriptors: dict[str, int] = {}
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: list[Future[None]] = []
-        self._missing: Counter[str] = Counter()
+        self._missing: Counter[str] = Counter()  # pieces, by file
+        self._left: Counter[str] = Counter()  # pieces, by target
+        self._digests: dict[str, Future[str]] = {}  # of parts that are whole, not of exact norms
 
     @property
     def missing_bytes(self) -> int:
@@ -55,6 +58,7 @@ class Writer:
         """Say what will be written; a file is finished with its last piece."""
         for target, _ in steps:
             self._missing.update(self._open_destinations(target))
+            self._left[target.name] += 1
         for name in self.files.keys() - self.finished:
             if not self._missing[name]:
                 self._seal(name)  # only the exact norms can have all their rows before
@@ -76,11 +80,14 @@ class Writer:
             if file.name in self.finished:
                 continue
             row_bytes = array.nbytes // array.shape[0]
-            place = file.offsets[name] + row * row_bytes
+            place = file.spans[name][0] + row * row_bytes
             _write(self._descriptor(file), np.asarray(array).data.cast("B"), place)
 
     def piece_done(self, target: Target) -> None:
         """All rows of one piece of `target` were put."""
+        self._left[target.name] -= 1
+        if not self._left[target.name]:
+            self._digest(target)
         for name in self._open_destinations(target):
             self._missing[name] -= 1
             if not self._missing[name]:
@@ -116,6 +123,14 @@ class Writer:
             os.ftruncate(descriptor, file.nbytes)
         return self._descriptors[file.name]
 
+    def _digest(self, target: Target) -> None:
+        """Read a tensor that is whole back while others are converted."""
+        for part in map(target.part_name, target.parts):
+            file = self.plan.file_of[part]
+            if file.name not in self.finished:
+                descriptor, span = self._descriptor(file), file.spans[part]
+                self._digests[part] = self._sealer.submit(digest, descriptor, *span)
+
     def _seal(self, name: str) -> None:
         descriptor = self._descriptor(self.files[name])
         norms = self._descriptors.get(self._norms)
@@ -127,7 +142,11 @@ class Writer:
         if norms is not None:
             flush(norms)
         flush(descriptor)
-        digests = file_digests(descriptor, self.files[name])
+        file = self.files[name]
+        if name == self._norms:
+            digests = file_digests(descriptor, file)
+        else:
+            digests = {part.name: self._digests.pop(part.name).result() for part in file.parts}
         if norms is not None and name != self._norms:
             digests |= self._norm_digests(norms, name)
         write_whole(self.folder / (name + RECORD), json.dumps(digests))
@@ -156,9 +175,9 @@ class Writer:
         file = self.files[self._norms]
         here = {part.name for part in self.files[name].parts}
         return {
-            NORMS + part.name: digest(descriptor, file.offsets[part.name], part.nbytes)
-            for part in file.parts
-            if part.name in here
+            NORMS + part: digest(descriptor, *span)
+            for part, span in file.spans.items()
+            if part in here
         }
 
     def _is_begun(self, name: str) -> bool:
@@ -172,9 +191,7 @@ class Writer:
 
 def file_digests(descriptor: int, file: OutFile) -> dict[str, str]:
     """sha256 of each tensor's bytes, by name."""
-    return {
-        part.name: digest(descriptor, file.offsets[part.name], part.nbytes) for part in file.parts
-    }
+    return {part: digest(descriptor, *span) for part, span in file.spans.items()}
 
 
 def digest(descriptor: int, offset: int, nbytes: int) -> str:

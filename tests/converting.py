@@ -41,6 +41,26 @@ FILES = {
 }
 
 
+# Values of the codes of FP8, and the matrices that Qwen's FP8 folders have in it.
+CODES = np.arange(256)
+# Sign, four bits of exponent, three of fraction; all ones in the last seven is no number.
+FRACTION, EXPONENT = CODES % 8, CODES // 8 % 16
+MAGNITUDE = np.where(
+    EXPONENT == 0, FRACTION * 2.0**-9, (8 + FRACTION) * 2.0 ** (EXPONENT.astype(float) - 10)
+)
+E4M3 = np.where(CODES % 128 == 127, np.nan, np.where(CODES < 128, 1, -1) * MAGNITUDE)
+FP8: tuple[str, ...] = (
+    "in_proj_qkv",
+    "in_proj_z",
+    "out_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+)
+FP8 += ("gate_proj", "up_proj", "down_proj")
+
+
 @dataclass(frozen=True)
 class Raw:
     """One stored tensor."""
@@ -252,6 +272,13 @@ def one_matrix(
     rows, columns = tensors[0].shape
     scales = found[1] if len(found) > 1 else None
     return source, View(found[0], rows, columns, scales=scales, block=block)
+
+
+def decoded(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """float32, not yet rounded: each code by the scale of its block."""
+    rows, columns = codes.shape
+    spread = np.repeat(np.repeat(scales, block[0], 0), block[1], 1)[:rows, :columns]
+    return E4M3[codes].astype(np.float32) * spread
 
 
 def source_of(

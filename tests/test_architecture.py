@@ -69,7 +69,7 @@ ALLOWED: dict[str, str] = {
     "terminal": "errors parse",
     "commands": "",
     "convert": "errors files packing config shards checkpoint image video template prompt "
-    "tokenizer family cache layers model memory engine hub api __init__ terminal",
+    "tokenizer family cache layers model memory engine hub api __init__ terminal commands",
     "generate": "__init__ errors family memory shapes hub sampling api terminal commands",
     "subject": "errors family hub convert",
     "bench": "family kernels stand_ins graph launches decode_step terminal commands subject",

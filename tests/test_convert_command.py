@@ -275,7 +275,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "258.8 MB of disk are missing at" in err
     planned = convert.plan(convert.open_folder(DEMO), convert.options())
-    assert f"{planned.output_bytes:,} bytes that are to be written" in err
+    figures = f"{planned.output_bytes:,} bytes of disk and {planned.peak_memory:,} of memory"
+    assert f"; {figures} are needed. " in err
     assert below(tmp_path) == []
     out, _ = run.fine(DEMO, "-o", tmp_path / "x", "--plan")
     assert re.search(r"^  this machine +258\.8 MB of disk are missing at ", out, re.M)

@@ -13,7 +13,7 @@ from qwen35_mlx.convert import job
 
 import converting
 import tiny
-from converting import Raw, converted, differing, main_tensors, raw, read_file
+from converting import FP8, Raw, converted, decoded, differing, main_tensors, raw, read_file
 from qwen35_mlx.errors import ModelError
 
 
@@ -23,31 +23,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "SLICE_BYTES", 37 * 2 * 320)
 
 
-CODES = np.arange(256)
-# Sign, four bits of exponent, three of fraction; all ones in the last seven is no number.
-FRACTION, EXPONENT = CODES % 8, CODES // 8 % 16
-MAGNITUDE = np.where(
-    EXPONENT == 0, FRACTION * 2.0**-9, (8 + FRACTION) * 2.0 ** (EXPONENT.astype(float) - 10)
-)
-E4M3 = np.where(CODES % 128 == 127, np.nan, np.where(CODES < 128, 1, -1) * MAGNITUDE)
 BLOCKS = [(128, 128), (64, 32), (48, 80), (1, 512)]
-FP8: tuple[str, ...] = (
-    "in_proj_qkv",
-    "in_proj_z",
-    "out_proj",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-)
-FP8 += ("gate_proj", "up_proj", "down_proj")
-
-
-def decoded(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """float32, not yet rounded: each code by the scale of its block."""
-    rows, columns = codes.shape
-    spread = np.repeat(np.repeat(scales, block[0], 0), block[1], 1)[:rows, :columns]
-    return E4M3[codes].astype(np.float32) * spread
 
 
 def drawn_fp8(name: str, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Raw, Raw]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qwen35_mlx.convert import convert, open_folder, options
+from qwen35_mlx.convert import convert, job, open_folder, options
 
 import converting
 from converting import converted, differing, digests
@@ -42,6 +42,10 @@ def test_a_source_without_tokenizer_or_template_is_refused_before_anything_is_wr
         ("preprocessor_config.json", '{"patch_size": 0}', "patch_size"),
         ("preprocessor_config.json", "[]", "expected an object"),
         ("video_preprocessor_config.json", '{"fps": -1}', "fps is -1"),
+        ("generation_config.json", "{", "expected JSON"),
+        ("generation_config.json", '{"top_p": 7}', "top_p"),
+        ("vocab.json", '{"a": 0', "expected JSON"),
+        ("special_tokens_map.json", "[]", "expected an object"),
     ],
 )
 def test_a_damaged_small_file_is_refused_before_anything_is_written(
@@ -179,6 +183,14 @@ def test_a_place_where_nothing_can_be_written_is_refused_with_one_line(
         converted(plain, tmp_path / "file" / "out", bits=4)
 
 
+def test_a_name_that_is_too_long_leaves_no_folders_above_it(plain: Path, tmp_path: Path) -> None:
+    for name in ("x" * 255, "y" * 300):
+        with pytest.raises(ConversionError, match="File name too long") as raised:
+            converted(plain, tmp_path / "new" / "parent" / name, bits=4)
+        assert len(str(raised.value).splitlines()) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_converting_leaves_the_source_alone_and_twice_changes_nothing(
     plain: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +200,22 @@ def test_converting_leaves_the_source_alone_and_twice_changes_nothing(
     converted(plain, out, bits=4)
     assert digests(plain) == before and digests(out) == first
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == times
+
+
+def test_a_folder_that_another_run_finished_meanwhile_is_taken(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = digests(converted(plain, tmp_path / "expected", bits=4))
+    out, planned = tmp_path / "out", job.plan
+
+    def late(*given: Any) -> Any:
+        (tmp_path / "expected").rename(out)  # since this run looked whether it is there
+        return planned(*given)
+
+    monkeypatch.setattr(job, "plan", late)
+    converted(plain, out, bits=4)
+    assert digests(out) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_a_second_conversion_into_the_same_folder_is_refused_while_the_first_works(

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from qwen35_mlx.convert.report import Report, Row, report
+from qwen35_mlx.convert.report import Report, Row, _perplexity, report
 
 import converting
 import qwen35_mlx
@@ -269,6 +269,14 @@ def test_untied_heads_are_used(tmp_path: Path) -> None:
     write_file(changed / "model.safetensors", tensors)
     other = report(changed, out, "Two ships.").divergence
     assert other is not None and not other.mean < 0.1
+
+
+def test_a_senseless_model_has_no_perplexity_and_no_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    assert _perplexity(np.array([900.0, 800.0, 0.0])) == np.inf
+    assert _perplexity(np.array([1.0, 3.0, 99.0])) == pytest.approx(np.e**2)
+    assert list(recwarn) == []
 
 
 def test_a_long_text_is_cut(demo: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,3 +288,20 @@ def test_matrices_in_float32_are_rounded_to_bfloat16_before_they_are_packed(tmp_
     packed = [name for name in expected if f"{name.rpartition('.')[0]}.scales" in expected]
     assert len(packed) > 100
     assert differing({n: found[n] for n in packed}, {n: expected[n] for n in packed}) == []
+
+
+def test_matrices_in_float16_are_rounded_to_bfloat16_before_they_are_packed(tmp_path: Path) -> None:
+    halves = {name: values.astype(np.float16) for name, values in converting.drawn("moe").items()}
+    made = []
+    for dtype in ("F16", "BF16"):
+        source = converting.write_source(tmp_path / dtype, "moe")
+        stored = read_file(source / "model.safetensors")
+        for name, values in halves.items():
+            if stored[name].dtype == "BF16":
+                given = values if dtype == "F16" else values.astype(np.float32)
+                stored[name] = raw(given, dtype)
+        converting.write_file(source / "model.safetensors", stored)
+        made.append(main_tensors(converted(source, tmp_path / f"{dtype} out", recipe="uniform")))
+    packed = [name for name in made[0] if f"{name.rpartition('.')[0]}.scales" in made[0]]
+    assert len(packed) > 100
+    assert differing({n: made[0][n] for n in packed}, {n: made[1][n] for n in packed}) == []

@@ -108,7 +108,7 @@ def test_progress_counts_all_bytes(made: Path) -> None:
 
 
 def test_more_than_one_slice_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert READ_BYTES == 32 << 20
+    assert READ_BYTES == 1 << 20
     monkeypatch.setattr("qwen35_mlx.convert.verify.READ_BYTES", 1000)
     assert verify(folder) == []
 
@@ -401,6 +401,36 @@ def test_every_problem_is_told_in_one_run(folder: Path) -> None:
     for part in (MTP_NORM, short.name, "model.norm.weight is missing", "tokenizer_config.json"):
         assert any(part in line for line in problems), part
     assert all("\n" not in line for line in problems)
+
+
+def test_problems_come_in_the_order_of_the_files_however_many_threads_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in folder.glob("*.safetensors"):
+        for name in read_file(path):
+            flip(path, name)
+    monkeypatch.setattr("qwen35_mlx.convert.verify.READ_BYTES", 1000)
+    found = [[line for line in verify(folder) if "sha256" in line] for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+    files = [line.partition(":")[0] for line in found[0]]
+    assert files == sorted(files) and len(files) > 100
+
+
+def test_an_interrupted_verification_ends_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def interrupting(done: int, _: int) -> None:
+        seen.append(done)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen35_mlx.convert.verify.READ_BYTES", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        verify(folder, interrupting)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert seen[-1] < total // 2
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
