@@ -22,11 +22,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from delta_float64 import KINDS, as_float64, recurrence, step  # noqa: E402
-from metal_cpu import Launch, emulated, require_clean  # noqa: E402
+from delta_float64 import call, exactly, recurrence, step, step_arguments  # noqa: E402
+from kernel_checks import TYPES, as_float64, executed, mlx_array, relative_error  # noqa: E402
+from metal_cpu import Launch  # noqa: E402
 from qwen35_mlx.kernels import delta_step  # noqa: E402
 from qwen35_mlx.kernels.gated_delta import launch  # noqa: E402
-from test_kernel_delta_step import arguments, numbers, run  # noqa: E402
 
 D = 128  # both dims, in all sizes of the family
 ROW = "{:<24} {:>13} {:>13} {:>12} {:>10} {:>9} {:>7} {:>7} {:>9} {:>9}"
@@ -58,18 +58,14 @@ class Sample:
 
 def sample(T: int, Hk: int, Hv: int, kind: str) -> Sample:
     random = np.random.default_rng(0)
-
-    def array(values: np.ndarray, kind: str = "float32") -> mx.array:
-        return mx.array(values.astype(np.float32)).astype(KINDS[kind])
-
     q, k = random.normal(size=(2, 1, T, Hk, D))
     streams = (
-        array(q / np.linalg.norm(q, axis=-1, keepdims=True) * D**-0.5, kind),
-        array(k / np.linalg.norm(k, axis=-1, keepdims=True), kind),
-        array(random.normal(size=(1, T, Hv, D)), kind),
-        array(np.log(random.uniform(0.9, 0.9999, (1, T, Hv)))),
-        array(random.uniform(0, 1, (1, T, Hv))),
-        array(random.normal(size=(1, Hv, D, D))),
+        mlx_array(q / np.linalg.norm(q, axis=-1, keepdims=True) * D**-0.5, TYPES[kind]),
+        mlx_array(k / np.linalg.norm(k, axis=-1, keepdims=True), TYPES[kind]),
+        mlx_array(random.normal(size=(1, T, Hv, D)), TYPES[kind]),
+        mlx_array(np.log(random.uniform(0.9, 0.9999, (1, T, Hv)))),
+        mlx_array(random.uniform(0, 1, (1, T, Hv))),
+        mlx_array(random.normal(size=(1, Hv, D, D))),
     )
     q, k, v, log_g, beta, state = (as_float64(x) for x in streams)
     return Sample(*streams, *recurrence(q, k, v, log_g, beta, state))
@@ -136,26 +132,19 @@ def _theirs(
 def measured(
     op: Callable[[Sample], tuple[mx.array, mx.array]], x: Sample, simd_orders: bool
 ) -> tuple[Launch, float, float]:
-    with emulated(simd_orders=simd_orders) as launches:
+    with executed(simd_orders=simd_orders) as launches:
         o, last = op(x)
         mx.eval(o, last)
-    require_clean(launches)
-    return launches[0], _error(o, x.o), _error(last, x.last)
-
-
-def _error(found: mx.array, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(as_float64(found) - wanted) / np.linalg.norm(wanted))
+    return launches[0], relative_error(o, x.o), relative_error(last, x.last)
 
 
 def whole_step(T: int, Hk: int, Hv: int, kind: str) -> tuple[Launch, float, float]:
     """`delta_step` on random inputs of its own."""
-    given = arguments((1, T, Hk, Hv, D, D), kind)
-    with emulated() as launches:
-        y, _, memory = run(delta_step.launch, given)
-    require_clean(launches)
-    exact: dict[str, Any] = {name: as_float64(value) for name, value in given.items()}
-    wanted = step(**exact, **numbers(given))
-    return launches[0], _error(y, wanted[0]), _error(memory, wanted[2])
+    given = step_arguments((1, T, Hk, Hv, D, D), kind)
+    with executed() as launches:
+        y, _, memory = call(delta_step.launch, given)
+    wanted = step(**exactly(given))
+    return launches[0], relative_error(y, wanted[0]), relative_error(memory, wanted[2])
 
 
 def _row(name: str, seen: Launch, *errors: float) -> str:
@@ -169,7 +158,7 @@ def _row(name: str, seen: Launch, *errors: float) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--tokens", type=int, default=128)
-    options.add_argument("--type", choices=list(KINDS), action="append")
+    options.add_argument("--type", choices=list(TYPES), action="append")
     options.add_argument("--heads", default="4,8", help="key and value heads")
     given = options.parse_args()
     Hk, Hv = (int(n) for n in given.heads.split(","))

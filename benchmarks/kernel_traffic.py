@@ -21,7 +21,8 @@ import test_kernel_delta_step  # noqa: E402
 import test_kernel_embed  # noqa: E402
 import test_kernel_gated_delta  # noqa: E402
 import test_kernel_top_k  # noqa: E402
-from metal_cpu import Launch, emulated, require_clean  # noqa: E402
+from kernel_checks import Needed, executed  # noqa: E402
+from metal_cpu import Launch  # noqa: E402
 from qwen35_mlx.kernels import library  # noqa: E402
 
 MODULES = (
@@ -41,27 +42,26 @@ def main() -> None:
     library.use(library.names())
     print(f"{'':58}" + "".join(f"{name:>12}" for name in COLUMNS))
     for module in MODULES:
-        for label, op, read, written in module.cases():
-            with emulated() as launches:
-                op()
-            require_clean(launches)
+        for case in module.cases():
+            with executed() as launches:
+                case.op()
             for launch in launches:
-                _row(launch, label, read, written)
+                _row(launch, case)
 
 
-def _row(launch: Launch, label: str, read: int, written: int) -> None:
+def _row(launch: Launch, case: Needed) -> None:
     figures = (
-        read,
+        case.read,
         launch.read.unique,
         launch.read.lines,
-        written,
+        case.written,
         launch.written.unique,
         launch.written.lines,
         launch.barriers,
         launch.matrix_ops,
     )
-    name = label if label.startswith(launch.name) else f"{launch.name}: {label}"
-    print(f"{name[:57]:58}" + "".join(f"{figure:>12,}" for figure in figures))
+    prefix = "" if case.label.startswith(launch.name) else f"{launch.name}: "
+    print(f"{(prefix + case.label)[:57]:58}" + "".join(f"{figure:>12,}" for figure in figures))
 
 
 if __name__ == "__main__":

@@ -1,41 +1,49 @@
 """Gated DeltaNet between its projections, token by token in float64: the yardstick of its kernels.
 
+Also random arguments for them, and what their results may be off.
 Names and shapes are those of the kernels: `B` rows, `T` tokens, `Hk` and `Hv` key and value heads,
 `Dk` and `Dv` their dims. Arrays of any float type come in (bf16 values as f32), float64 goes out.
 `lengths [B]` counts the tokens of each row that matter; without it all do.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import mlx.core as mx
 import numpy as np
 
+from kernel_checks import TYPES, as_float64, mlx_array, rounding, silu
+from qwen35_mlx.kernels.delta_prepare import Prepared
+from qwen35_mlx.kernels.delta_step import Stepped
+
 Array = np.ndarray
-L2_EPS = 1e-6
-KINDS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# Half a unit in the last place, relative; and half of the subnormals' step.
-ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
-SMALLEST = {"float32": 0.0, "float16": 2**-25, "bfloat16": 0.0}
+Given = dict[str, Any]  # arguments of an op by name: arrays of MLX, and numbers
+Result = TypeVar("Result")
+L2_EPS = EPS = 1e-6
 # f32 sums of up to 256 terms, relative to the largest value of a head or row.
 TOLERANCE = 1e-5
 
 # Ranges of the decay's logits; exp(A_log) lies between 1 and 16.
 DECAYS = {"mixed": (-6.0, 2.0), "near 0": (3.0, 30.0), "near 1": (-24.0, -8.0)}
+# Key and value heads of the eight sizes, whole, halved and quartered.
+HEADS = [(16 // n, Hv // n) for Hv in (16, 32, 48, 64) for n in (1, 2, 4)]
 
 
-def draw(
-    B: int,
-    T: int,
-    Hk: int,
-    Hv: int,
-    Dk: int,
-    Dv: int,
+def step_arguments(
+    shape: tuple[int, ...],
+    kind: str,
+    kinds: dict[str, str] | None = None,
     *,
     taps: int = 4,
     magnitude: float = 1.0,
     decay: str = "mixed",
-    seed: int = 0,
-) -> dict[str, Array]:
-    """Random arguments of `step`, in its order, f32. magnitude: of q | k | v before their norms."""
-    random = np.random.default_rng(seed)
+) -> Given:
+    """Random arguments of `delta_step`; magnitude: of q | k | v before their norms.
+
+    In the types that a model of activations `kind` has them in, or in those of `kinds`.
+    """
+    B, T, Hk, Hv, Dk, Dv = shape
+    random = np.random.default_rng(0)
     channels = 2 * Hk * Dk + Hv * Dv
 
     def normal(*shape: int) -> Array:
@@ -53,29 +61,66 @@ def draw(
         "dt_bias": 0.5 * normal(Hv),
         "norm_weight": 1 + 0.2 * normal(Dv),
     }
-    return {name: value.astype(np.float32) for name, value in arrays.items()}
-
-
-def as_mlx(arrays: dict[str, Array], kind: str, **kinds: str) -> dict[str, mx.array]:
-    """`arrays` in the types that a model of activations `kind` has them in, or in those named."""
     f32 = dict.fromkeys(("memory", "A_log", "norm_weight"), "float32")
-    kinds = dict.fromkeys(arrays, kind) | f32 | kinds
-    return {name: mx.array(value).astype(KINDS[kinds[name]]) for name, value in arrays.items()}
+    named = dict.fromkeys(arrays, kind) | f32 | (kinds or {})
+    given = {name: mlx_array(value, TYPES[named[name]]) for name, value in arrays.items()}
+    return given | {"k_heads": Hk, "k_dim": Dk, "eps": EPS}
 
 
-def as_float64(x: mx.array) -> Array:
-    return np.array(x.astype(mx.float32)).astype(np.float64)
+def prepare_arguments(shape: tuple[int, ...], kind: str, *kinds: Any, **how: Any) -> Given:
+    """Random arguments of `delta_prepare`: those of `delta_step` that it takes."""
+    given = step_arguments(shape, kind, *kinds, **how)
+    return {name: given[name] for name in given if name not in ("memory", "norm_weight", "eps")}
+
+
+def call(op: Callable[..., Result], given: Given, lengths: Any = None) -> Result:
+    counted = None if lengths is None else mx.array(lengths, dtype=mx.int32)
+    found = op(**given, lengths=counted)
+    mx.eval(found)
+    return found
+
+
+def exactly(given: Given) -> Given:
+    """The arrays in float64."""
+    return {k: as_float64(v) if isinstance(v, mx.array) else v for k, v in given.items()}
+
+
+def nbytes(given: Given) -> int:
+    """Of the arrays."""
+    return sum(v.nbytes for v in given.values() if isinstance(v, mx.array))
 
 
 def agree(found: mx.array, wanted: Array) -> None:
     """Raises AssertionError unless `found` is `wanted`, rounded once to its type."""
     assert found.shape == wanted.shape
-    kind = str(found.dtype).rpartition(".")[2]
     largest = np.abs(wanted).max(-1, keepdims=True)
-    allowed = ROUNDING[kind] * np.abs(wanted) + TOLERANCE * largest + SMALLEST[kind]
+    allowed = rounding(wanted, found.dtype) + TOLERANCE * largest
     error = np.abs(as_float64(found) - wanted)
     worst = np.unravel_index(np.nan_to_num(error - allowed, nan=np.inf).argmax(), error.shape)
     assert (error <= allowed).all(), f"{found[worst]} for {wanted[worst]} at {worst}"
+
+
+def prepared_agrees(found: Prepared, given: Given, lengths: Any = None) -> None:
+    *streams, conv = prepare(**exactly(given), lengths=lengths)
+    for name, value, wanted in zip(["q", "k", "v", "log_g", "beta"], found, streams, strict=False):
+        assert value.dtype == mx.float32, name
+        # Gates of a token differ by orders of magnitude: each is compared with itself.
+        is_gate = wanted.ndim == 3
+        agree(value[..., None] if is_gate else value, wanted[..., None] if is_gate else wanted)
+        if lengths is not None:
+            assert all(not value[b, n:].any() for b, n in enumerate(lengths)), name
+    assert found[5].dtype == given["conv"].dtype
+    assert np.array_equal(as_float64(found[5]), conv)
+
+
+def step_agrees(found: Stepped, given: Given, lengths: Any = None) -> None:
+    y, conv, memory = step(**exactly(given), lengths=lengths)
+    assert found[0].dtype == found[1].dtype == given["qkvz"].dtype
+    # By token, not by head: of a head whose q and k happen to be orthogonal the norm shows the
+    # rounding of q . k at its full size.
+    agree(found[0], y)
+    assert np.array_equal(as_float64(found[1]), conv)
+    agree(found[2].flatten(-2), memory.reshape(*memory.shape[:2], -1))
 
 
 def counts(lengths: Array | None, B: int, T: int) -> Array:
@@ -111,10 +156,6 @@ def recurrence(
             S[b] += k[b, t, :, :, None] * delta[:, None, :]
             out[b, t] = np.einsum("hkv,hk->hv", S[b], q[b, t])
     return out, S
-
-
-def silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
 
 
 def prepare(

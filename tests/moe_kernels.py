@@ -1,16 +1,17 @@
 """Data, float64 definitions and cases of the kernels of the mixture of experts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
-from metal_cpu import BufferTraffic, Launch, emulated, require_clean
-from qwen35_mlx.kernels import library
+from kernel_checks import FEW_RUNS, ROUNDING, Needed, as_float64, executed, mlx_array, silu, using
+from metal_cpu import BufferTraffic, Launch
 from qwen35_mlx.kernels.moe import Packed, by_expert
 from qwen35_mlx.kernels.moe_combine import moe_combine
 from qwen35_mlx.kernels.moe_down import moe_down
@@ -19,32 +20,29 @@ from qwen35_mlx.kernels.moe_route import moe_route
 from qwen35_mlx.packing import Format
 
 KERNELS = ("moe_route", "moe_gate_up", "moe_down", "moe_combine")
-# How a launch is run: order of threads, contraction of products and sums, order of simd_sum.
-RUNS: tuple[dict[str, Any], ...] = (
-    {"schedule": "forward", "contract": True, "reduce": "butterfly"},
-    {"schedule": "reverse", "contract": False, "reduce": "ascending"},
-    {"schedule": 7, "contract": True, "reduce": "random"},
-)
 STREAMED = tuple(
     shared + name for shared in ("", "shared_") for name in ("weight", "scales", "biases")
 )
-# Half a unit in the last place of the output, by type; f32 counts as exact beside the next line.
-ROUNDING = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 # Of sums of a few hundred to a few thousand f32 terms, beside the root mean square of the output.
 F32_ERROR = 1e-5
 
 
 @contextmanager
-def executed(**run: Any) -> Iterator[list[Launch]]:
-    """The kernels run from their Metal text; one launch, of which nothing is reported."""
-    with emulated(**run) as launches:
-        library.use(KERNELS)
-        try:
-            yield launches
-        finally:
-            library.use(())
-    require_clean(launches)
+def launched(**run: Any) -> Iterator[list[Launch]]:
+    """An op launches its kernel, once."""
+    with executed(**run) as launches, using(*KERNELS):
+        yield launches
     assert len(launches) == 1
+
+
+# The reference, or the kernel run in one of the ways.
+WAYS = pytest.mark.parametrize(
+    "run", [None, *FEW_RUNS], ids=["reference", "forward", "reverse", "random"]
+)
+
+
+def way(run: dict[str, Any] | None) -> AbstractContextManager[list[Launch] | None]:
+    return nullcontext() if run is None else launched(**run)
 
 
 def streamed(launch: Launch) -> tuple[int, int]:
@@ -58,28 +56,19 @@ def is_whole(buffer: BufferTraffic) -> bool:
     return bool(buffer.touched.all())
 
 
-def exact(x: mx.array) -> np.ndarray:
-    """`x` in float64."""
-    return np.array(x.astype(mx.float32)).astype(np.float64)
-
-
 def excess(found: mx.array, wanted: np.ndarray) -> float:
     """The largest error beyond one rounding, beside the root mean square of `wanted`."""
-    error = np.abs(exact(found) - wanted) - ROUNDING[found.dtype] * np.abs(wanted)
+    error = np.abs(as_float64(found) - wanted) - ROUNDING[found.dtype] * np.abs(wanted)
     return float(np.max(error) / np.sqrt(np.mean(wanted**2)))
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
 
 
 def unpacked(matrix: Packed, at: int | None = None) -> np.ndarray:
     """One matrix `[out, in]` in float64, the `at`-th where there are several."""
     packing = matrix.packing
     if packing is None:
-        return exact(matrix.weight if at is None else matrix.weight[at])
+        return as_float64(matrix.weight if at is None else matrix.weight[at])
     assert matrix.scales is not None and matrix.biases is not None
-    parts = [exact(a if at is None else a[at]) for a in (matrix.scales, matrix.biases)]
+    parts = [as_float64(a if at is None else a[at]) for a in (matrix.scales, matrix.biases)]
     words = np.array(matrix.weight if at is None else matrix.weight[at])
     places = np.arange(0, 32, packing.bits, dtype=np.uint32)
     q = (words[..., None] >> places) & np.uint32(2**packing.bits - 1)
@@ -92,9 +81,9 @@ def draw_packed(
 ) -> Packed:
     """Random matrices of `shape` `[..., in]`; scales and biases, or plain ones, of type `kind`."""
     if packing is None:
-        return Packed(mx.array(draw.standard_normal(shape, np.float32)).astype(kind))
+        return Packed(mlx_array(draw.standard_normal(shape, np.float32), kind))
     if packing.mode != "affine":
-        values = mx.array(draw.normal(size=shape).astype(np.float32))
+        values = mlx_array(draw.normal(size=shape))
         parts = mx.quantize(values, packing.group_size, packing.bits, packing.mode)
         return Packed(parts[0], parts[1], None, packing)
     words = (*shape[:-1], shape[-1] * packing.bits // 32)
@@ -105,8 +94,8 @@ def draw_packed(
     biases = -scales * np.float32(span / 2) * draw.uniform(0.8, 1.2, groups).astype(np.float32)
     return Packed(
         mx.array(draw.integers(0, 2**32, words, dtype=np.uint32)),
-        mx.array(scales).astype(kind),
-        mx.array(biases).astype(kind),
+        mlx_array(scales, kind),
+        mlx_array(biases, kind),
         packing,
     )
 
@@ -157,16 +146,15 @@ class Data:
         self.experts = mx.array(np.stack(rows).astype(np.uint32))
         self.x = self.normal((N, case.hidden))
         self.h = self.normal((N, K * case.inner + case.shared_inner))
-        weights = draw.dirichlet(np.ones(K), N)
-        self.weights = mx.array(weights.astype(np.float32))
-        self.shared = mx.array(draw.uniform(0, 1, N).astype(np.float32))
+        self.weights = mlx_array(draw.dirichlet(np.ones(K), N))
+        self.shared = mlx_array(draw.uniform(0, 1, N))
         self.gate_up = self.matrices((case.E, 2 * case.inner, case.hidden), case.routed)
         self.shared_gate_up = self.matrices((2 * case.shared_inner, case.hidden), case.shared)
         self.down = self.matrices((case.E, case.hidden, case.inner), case.routed)
         self.shared_down = self.matrices((case.hidden, case.shared_inner), case.shared)
 
     def normal(self, shape: tuple[int, ...]) -> mx.array:
-        return mx.array(self.draw.normal(size=shape).astype(np.float32)).astype(self.case.dtype)
+        return mlx_array(self.draw.normal(size=shape), self.case.dtype)
 
     def matrices(self, shape: tuple[int, ...], packing: Format | None) -> Packed:
         return draw_packed(self.draw, shape, packing, self.case.scales)
@@ -180,7 +168,7 @@ class Data:
 
     def gate_up_wanted(self) -> np.ndarray:
         """`h` in float64."""
-        case, x = self.case, exact(self.x)
+        case, x = self.case, as_float64(self.x)
         h = np.zeros(self.h.shape)
         for expert in self.chosen():
             gate, up = np.split(unpacked(self.gate_up, int(expert)), 2)
@@ -198,8 +186,8 @@ class Data:
 
     def down_wanted(self) -> np.ndarray:
         """`y` in float64."""
-        case, h, weights = self.case, exact(self.h), exact(self.weights)
-        y = exact(self.shared)[:, None] * (
+        case, h, weights = self.case, as_float64(self.h), as_float64(self.weights)
+        y = as_float64(self.shared)[:, None] * (
             h[:, case.K * case.inner :] @ unpacked(self.shared_down).T
         )
         for expert in self.chosen():
@@ -220,10 +208,7 @@ def route_data(
 ) -> tuple[mx.array, int, mx.array, mx.array]:
     """Arguments of `moe_route`; with 16-bit types many logits are equal."""
     draw = np.random.default_rng(N + E)
-    logits, x = (
-        mx.array(draw.normal(size=shape).astype(np.float32)).astype(dtype)
-        for shape in ((N, E), (N, hidden))
-    )
+    logits, x = (mlx_array(draw.normal(size=shape), dtype) for shape in ((N, E), (N, hidden)))
     gate = mx.array(draw.normal(size=hidden).astype(np.float32) / np.sqrt(np.float32(hidden)))
     return logits, K, x, gate
 
@@ -234,12 +219,9 @@ def combine_data(
     """Arguments of `moe_combine`."""
     draw = np.random.default_rng(N + K)
     chosen = mx.array(np.stack([draw.permutation(E)[:K] for _ in range(N)]).astype(np.uint32))
-    y, shared_out = (
-        mx.array(draw.normal(size=(rows, hidden)).astype(np.float32)).astype(dtype)
-        for rows in (N * K, N)
-    )
-    weights = mx.array(draw.dirichlet(np.ones(K), N).astype(np.float32))
-    shared = mx.array(draw.uniform(0, 1, N).astype(np.float32))
+    y, shared_out = (mlx_array(draw.normal(size=(rows, hidden)), dtype) for rows in (N * K, N))
+    weights = mlx_array(draw.dirichlet(np.ones(K), N))
+    shared = mlx_array(draw.uniform(0, 1, N))
     return y, by_expert(chosen)[2], weights, shared, shared_out
 
 
@@ -277,24 +259,24 @@ TRUE_WIDTHS: list[tuple[str, int, Format | None]] = [
 ]
 
 
-def cases() -> list[tuple[str, Callable[[], object], int, int]]:
-    """Label, call, and the bytes it must read and write: the rows of a traffic table."""
-    shown: list[tuple[str, Callable[[], object], int, int]] = []
+def cases() -> list[Needed]:
+    """A layer of 35B-A3B."""
+    shown: list[Needed] = []
     for N, packing in ((1, FOUR_BITS), (4, FOUR_BITS), (1, None)):
         data = true_width("35B-A3B", N, packing).data
         ids = data.experts.nbytes
         read = data.streamed_bytes(data.gate_up, data.shared_gate_up) + data.x.nbytes + ids
         layer = f"35B-A3B layer, {N} tokens, {len(data.chosen())} experts, {label(packing)}"
-        shown.append((f"moe_gate_up: {layer}", data.gate_up_result, read, data.h.nbytes))
+        shown.append(Needed(f"moe_gate_up: {layer}", data.gate_up_result, read, data.h.nbytes))
         read = data.streamed_bytes(data.down, data.shared_down) + data.h.nbytes + ids
         read += data.weights.nbytes + data.shared.nbytes
-        shown.append((f"moe_down: {layer}", data.down_result, read, data.x.nbytes))
+        shown.append(Needed(f"moe_down: {layer}", data.down_result, read, data.x.nbytes))
     logits, K, x, gate = route_data(1, 256, 8, 2048, mx.bfloat16)
     read = logits.nbytes + x.nbytes + gate.nbytes
     route = partial(moe_route, logits, K, x, gate)
-    shown.append(("moe_route: 35B-A3B layer, 1 token", route, read, 8 * K + 4))
+    shown.append(Needed("moe_route: 35B-A3B layer, 1 token", route, read, 8 * K + 4))
     rows = combine_data(64, 256, 8, 2048, mx.bfloat16)
     combine = partial(moe_combine, *rows)
     read = sum(a.nbytes for a in rows)
-    shown.append(("moe_combine: 35B-A3B layer, 64 tokens", combine, read, rows[4].nbytes))
+    shown.append(Needed("moe_combine: 35B-A3B layer, 64 tokens", combine, read, rows[4].nbytes))
     return shown

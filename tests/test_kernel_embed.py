@@ -1,30 +1,38 @@
 """Rows of an embedding: the Metal source and the MLX form against float64."""
 
-from collections.abc import Callable
 from functools import partial
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
-from metal_cpu import Launch, emulated, require_clean
-from moe_kernels import draw_packed, exact
-from qwen35_mlx.kernels import library
+from kernel_checks import (
+    EVERY_RUN,
+    FEW_RUNS,
+    ROUNDING,
+    TYPES,
+    Needed,
+    as_float64,
+    clean,
+    executed,
+    touched,
+    using,
+)
+from metal_cpu import Launch
+from moe_kernels import draw_packed
 from qwen35_mlx.kernels.embed import embed, launch, reference
 from qwen35_mlx.kernels.moe import Packed
 from qwen35_mlx.packing import AFFINE_BITS, AFFINE_GROUPS, Format
 
-TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# Half a unit in the last place of the output; f32 rounds scale * q + bias once or twice.
-ROUNDING = {mx.float32: 2.0**-23, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
+ROUNDED = ROUNDING | {mx.float32: 2.0**-23}  # f32 rounds scale * q + bias once or twice
 SMALLEST = 2.0**-24  # of float16; a sum of that size has lost as much to f32
 # Rows, hidden, batch and tokens: one row and one id; fewer than 8 elements of every input but the
 # matrix; ids below and above 8; widths that end within a threadgroup.
 SHAPES = [(1, 128, 1, 1), (5, 384, 2, 1), (13, 640, 1, 7), (9, 256, 3, 5)]
 PACKINGS = [*product(AFFINE_BITS, AFFINE_GROUPS)]
-SCHEDULES: list[str | int] = ["forward", "reverse", 7]  # the seed of a random one
 
 
 def matrix(V: int, hidden: int, bits: int, group: int, kind: str = "bfloat16") -> Packed:
@@ -50,14 +58,8 @@ def definition(ids: mx.array, packed: Packed) -> np.ndarray:
     packing = packed.packing
     assert packing and packed.scales is not None and packed.biases is not None
     parts = packed.scales, packed.biases
-    scale, bias = (np.repeat(exact(part), packing.group_size, axis=-1) for part in parts)
+    scale, bias = (np.repeat(as_float64(part), packing.group_size, axis=-1) for part in parts)
     return (values(packed.weight, packing.bits) * scale + bias)[np.array(ids)]
-
-
-def clean(launches: list[Launch] | None) -> None:
-    """Of the launches on a CPU, that nothing was reported; a GPU reports nothing."""
-    if launches is not None:
-        require_clean(launches)
 
 
 def check(found: mx.array, ids: mx.array, packed: Packed, dtype: mx.Dtype) -> None:
@@ -65,8 +67,8 @@ def check(found: mx.array, ids: mx.array, packed: Packed, dtype: mx.Dtype) -> No
     assert found.dtype == dtype and found.shape == (*ids.shape, packed.columns)
     # In f32 the product may be as large as the bias that takes most of it away.
     largest = np.abs(wanted).max() * 2.0**-23
-    error = np.abs(exact(found) - wanted)
-    assert (error <= ROUNDING[dtype] * np.abs(wanted) + largest + SMALLEST).all()
+    error = np.abs(as_float64(found) - wanted)
+    assert (error <= ROUNDED[dtype] * np.abs(wanted) + largest + SMALLEST).all()
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -75,10 +77,10 @@ def test_mlx_packs_a_row_as_one_stream_of_bits(bits: int, kind: str) -> None:
     x = np.random.default_rng(bits).normal(size=(3, 256)).astype(np.float32)
     for group in AFFINE_GROUPS:
         parts = mx.quantize(mx.array(x).astype(TYPES[kind]), group, bits)
-        scales, biases = (np.repeat(exact(part), group, axis=-1) for part in parts[1:])
+        scales, biases = (np.repeat(as_float64(part), group, axis=-1) for part in parts[1:])
         wanted = values(parts[0], bits) * scales + biases
         scale, bias = (part.astype(mx.float32) for part in parts[1:])
-        found = exact(mx.dequantize(parts[0], scale, bias, group, bits))
+        found = as_float64(mx.dequantize(parts[0], scale, bias, group, bits))
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -102,11 +104,11 @@ def test_the_reference_is_mlxs_embedding_but_for_its_rounding(dtype: mx.Dtype, k
         theirs = plain.to_quantized(64, bits)
         ours = Packed(theirs.weight, theirs.scales, theirs.biases, Format("affine", bits, 64))
         ids = tokens(11, 2, 3)
-        found = exact(reference(ids, ours, dtype))
+        found = as_float64(reference(ids, ours, dtype))
         # Theirs rounds the product and the sum to the type of the scales.
-        products = 2**bits * np.abs(exact(theirs.scales)).max()
-        error = np.abs(found - exact(theirs(ids).astype(dtype)))
-        rounding = ROUNDING[TYPES[kind]] + ROUNDING[dtype]
+        products = 2**bits * np.abs(as_float64(theirs.scales)).max()
+        error = np.abs(found - as_float64(theirs(ids).astype(dtype)))
+        rounding = ROUNDED[TYPES[kind]] + ROUNDED[dtype]
         assert (error <= rounding * (products + np.abs(found)) + SMALLEST).all()
 
 
@@ -138,13 +140,11 @@ def test_an_id_outside_is_the_last(kind: mx.Dtype, metal_backend: list[Launch] |
     assert embed(ids, plain, mx.float16)[0, 1:].tolist() == [[10, 11]] * len(outside)
 
 
-@pytest.mark.parametrize("contract", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_order_of_threads_matters(schedule: str | int, contract: bool) -> None:
+@EVERY_RUN
+def test_no_order_of_threads_matters(run: dict[str, Any]) -> None:
     packed, ids = matrix(7, 640, 6, 128, "float32"), tokens(7, 1, 3)
-    with emulated(schedule=schedule, contract=contract) as launches:
+    with executed(**run):
         check(launch(ids, packed, mx.bfloat16), ids, packed, mx.bfloat16)
-    require_clean(launches)
 
 
 @pytest.mark.slow
@@ -156,10 +156,9 @@ def test_every_packing_shape_type_and_order(
 ) -> None:
     for V, hidden, B, T in [*SHAPES, (3, 5120, 2, 1)]:
         packed, ids = matrix(V, hidden, bits, group, kind), tokens(V, B, T, mx.int32)
-        for schedule in SCHEDULES:
-            with emulated(schedule=schedule, contract=schedule != "reverse") as launches:
+        for run in FEW_RUNS:
+            with executed(**run):
                 check(launch(ids, packed, dtype), ids, packed, dtype)
-            require_clean(launches)
 
 
 def test_the_op_uses_the_kernel_only_where_it_fits() -> None:
@@ -168,23 +167,18 @@ def test_the_op_uses_the_kernel_only_where_it_fits() -> None:
     parts = mx.quantize(plain.weight, 32, 4, "mxfp4")
     weight, scales = parts[0], parts[1]
     floats = Packed(weight, scales, None, Format("mxfp4", 4, 32))
-    used = library._used
-    with emulated() as launches:
-        library.use({"embed"})
-        try:
-            check(embed(ids, packed, mx.float16), ids, packed, mx.float16)
-            assert len(launches) == 1
-            assert mx.array_equal(embed(ids, plain, mx.float32), plain.weight[ids])
-            rows = mx.dequantize(weight, scales, None, 32, 4, "mxfp4")
-            assert mx.array_equal(embed(ids, floats, mx.bfloat16), rows[ids].astype(mx.bfloat16))
-            assert len(launches) == 1
-        finally:
-            library.use(used)
+    with executed() as launches, using("embed"):
+        check(embed(ids, packed, mx.float16), ids, packed, mx.float16)
+        assert len(launches) == 1
+        assert mx.array_equal(embed(ids, plain, mx.float32), plain.weight[ids])
+        rows = mx.dequantize(weight, scales, None, 32, 4, "mxfp4")
+        assert mx.array_equal(embed(ids, floats, mx.bfloat16), rows[ids].astype(mx.bfloat16))
+        assert len(launches) == 1
 
 
-def cases() -> list[tuple[str, Callable[[], object], int, int]]:
-    """Label, launch, and the bytes it must read and write: hidden sizes of the family."""
-    result: list[tuple[str, Callable[[], object], int, int]] = []
+def cases() -> list[Needed]:
+    """Hidden sizes of the family."""
+    result: list[Needed] = []
     for hidden, bits, B, T in [
         *((2048, bits, 1, 1) for bits in AFFINE_BITS if bits > 2),
         (5120, 6, 1, 1),
@@ -193,23 +187,15 @@ def cases() -> list[tuple[str, Callable[[], object], int, int]]:
         packed = matrix(300, hidden, bits, 64)
         ids = mx.arange(T, dtype=mx.uint32)[None] * 50
         row = sum(part.nbytes // 300 for part in packed[:3] if part is not None)
-        run = partial(launch, ids, packed, mx.bfloat16)
+        op = partial(launch, ids, packed, mx.bfloat16)
         label = f"embed {B * T} x {hidden}, {bits} bits"
-        result.append((label, run, B * T * row + ids.nbytes, 2 * hidden * B * T))
+        result.append(Needed(label, op, B * T * row + ids.nbytes, 2 * hidden * B * T))
     return result
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case[0])
-def test_bytes_are_those_of_the_rows_that_are_named(
-    case: tuple[str, Callable[[], object], int, int],
-) -> None:
-    _, run, read, written = case
-    with emulated() as launches:
-        run()
-    require_clean(launches)
-    found = launches[0]
-    assert (found.read.unique, found.written.unique) == (read, written)
-    assert found.written.lines == written
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.label)
+def test_bytes_are_those_of_the_rows_that_are_named(case: Needed) -> None:
+    found = touched(case)
     # A simdgroup reads 256 values, 32 Bits bytes: with odd Bits the line in the middle of which one
     # ends and the next begins comes twice.
     weight = found.buffers["weight"].read

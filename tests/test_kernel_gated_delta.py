@@ -8,16 +8,23 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from delta_float64 import KINDS, agree, as_float64, recurrence
-from metal_cpu import emulated, require_clean
+from delta_float64 import HEADS, Given, agree, call, exactly, nbytes, recurrence
+from kernel_checks import (
+    EVERY_RUN,
+    TYPES,
+    Needed,
+    equal,
+    executed,
+    mlx_array,
+    relative_error,
+    touched,
+    using,
+)
 from qwen35_mlx.kernels import gated_delta as module
-from qwen35_mlx.kernels import library
 from qwen35_mlx.kernels.gated_delta import KERNEL_CHUNK as C
 from qwen35_mlx.kernels.gated_delta import gated_delta, launch, reference
 
-Arrays = dict[str, mx.array]
 Pair = tuple[mx.array, mx.array]
-SCHEDULES = ["forward", "reverse", 3]
 TOLERANCE = 1e-5  # relative L2 in f32
 # B, T, Hk, Hv, Dk, Dv: every axis of another size; 1, 2, 4 and 8 simdgroups per threadgroup
 # (Dv 8, 16, 32 and 64 with `wide`), gates under 8 elements and of more, chunks short, whole, many.
@@ -35,8 +42,6 @@ MORE = [
     (4, 5, 1, 1, 112, 64),
     (1, 131, 1, 3, 128, 48),
 ]
-# Key and value heads of the eight sizes, whole, halved and quartered.
-HEADS = [(16 // n, Hv // n) for Hv in (16, 32, 48, 64) for n in (1, 2, 4)]
 GATES: dict[str, Callable[[Any, tuple[int, ...]], np.ndarray]] = {
     "mixed": lambda random, shape: np.log(random.uniform(0.01, 0.9999, shape)),
     "near 1": lambda random, shape: -(10 ** random.uniform(-7, -3, shape)),
@@ -49,7 +54,7 @@ GATES: dict[str, Callable[[Any, tuple[int, ...]], np.ndarray]] = {
 
 def arguments(
     shape: tuple[int, ...], kind: str = "float32", gates: str = "mixed", magnitude: float = 1
-) -> Arrays:
+) -> Given:
     """Arguments of the op; magnitude: of the values and of the keys' differences from unit."""
     B, T, Hk, Hv, Dk, Dv = shape
     random = np.random.default_rng(T)
@@ -62,47 +67,29 @@ def arguments(
         "beta": random.uniform(0.01, 0.99, (B, T, Hv)),
         "state": random.normal(size=(B, Hv, Dk, Dv)),
     }
-    given = {name: mx.array(value.astype(np.float32)) for name, value in arrays.items()}
-    return given | {name: given[name].astype(KINDS[kind]) for name in ("q", "k", "v")}
+    types = dict.fromkeys(arrays, mx.float32) | dict.fromkeys(("q", "k", "v"), TYPES[kind])
+    return {name: mlx_array(value, types[name]) for name, value in arrays.items()}
 
 
-def run(op: Callable[..., Pair], given: Arrays, lengths: Any = None) -> Pair:
-    counted = None if lengths is None else mx.array(lengths, dtype=mx.int32)
-    found = op(**given, lengths=counted)
-    mx.eval(found)
-    return found
-
-
-def emulate(given: Arrays, lengths: Any = None, **how: Any) -> Pair:
-    """The kernel, and nothing reported."""
-    with emulated(**how) as launches:
-        found = run(launch, given, lengths)
-    require_clean(launches)
+def emulate(given: Given, lengths: Any = None, **run: Any) -> Pair:
+    """The kernel, launched once."""
+    with executed(**run) as launches:
+        found = call(launch, given, lengths)
     assert len(launches) == 1
     return found
 
 
-def check(found: Pair, given: Arrays, lengths: Any = None) -> None:
-    o, last = recurrence(**{name: as_float64(x) for name, x in given.items()}, lengths=lengths)
+def check(found: Pair, given: Given, lengths: Any = None) -> None:
+    o, last = recurrence(**exactly(given), lengths=lengths)
     assert found[0].dtype == given["v"].dtype
     assert found[1].dtype == mx.float32
     if found[0].dtype == mx.float32:
-        assert error(found[0], o) <= TOLERANCE
+        assert relative_error(found[0], o) <= TOLERANCE
     # Against the largest of a head's tokens: where q meets little of what was written, o is a small
     # difference of large numbers.
     by_head = (*o.shape[:1], o.shape[2], -1)
     agree(found[0].swapaxes(1, 2).reshape(by_head), o.swapaxes(1, 2).reshape(by_head))
-    assert error(found[1], last) <= TOLERANCE
-
-
-def error(found: mx.array, wanted: np.ndarray) -> float:
-    assert found.shape == wanted.shape
-    size = float(np.linalg.norm(wanted))
-    return float(np.linalg.norm(as_float64(found) - wanted)) / max(size, 1e-30)
-
-
-def equal(found: Pair, wanted: Pair) -> bool:
-    return all(bool(mx.array_equal(a, b)) for a, b in zip(found, wanted, strict=True))
+    assert relative_error(found[1], last) <= TOLERANCE
 
 
 @pytest.fixture
@@ -111,16 +98,16 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ENOUGH_THREADGROUPS", 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("shape", SHAPES + MORE)
 def test_the_reference_agrees_with_float64(shape: tuple[int, ...], kind: str) -> None:
     given = arguments(shape, kind)
-    check(run(reference, given), given)
+    check(call(reference, given), given)
     lengths = [(7 * b + 5) % (shape[1] + 1) for b in range(shape[0])]
-    check(run(reference, given, lengths), given, lengths)
+    check(call(reference, given, lengths), given, lengths)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_agrees_with_float64(shape: tuple[int, ...], kind: str) -> None:
     given = arguments(shape, kind)
@@ -137,7 +124,7 @@ def test_eight_simdgroups_share_a_chunk(wide: None, kind: str) -> None:
 @pytest.mark.parametrize("gates", list(GATES))
 def test_gates_of_all_sizes(op: Callable[..., Pair], gates: str) -> None:
     given = arguments((1, 3 * C + 2, 1, 3, 32, 16), gates=gates)
-    check(emulate(given) if op is launch else run(op, given), given)
+    check(emulate(given) if op is launch else call(op, given), given)
 
 
 @pytest.mark.parametrize("magnitude", [1e-2, 1e-4, 1e-6])
@@ -157,9 +144,8 @@ def test_repeated_keys_with_full_strength_do_not_cancel() -> None:
 def test_no_state_is_a_state_of_zeros() -> None:
     given = arguments((2, 3, 1, 2, 16, 8))
     zeros = given | {"state": mx.zeros_like(given.pop("state"))}
-    with emulated() as launches:
-        assert equal(launch(**given, state=None), run(launch, zeros))
-    require_clean(launches)
+    with executed():
+        assert equal(launch(**given, state=None), call(launch, zeros))
 
 
 def test_four_thousand_steps_keep_the_state() -> None:
@@ -183,10 +169,10 @@ def test_ragged_rows_end_where_they_say() -> None:
     check(found, given, lengths)
     assert equal((found[1][:1], found[1][5:]), (given["state"][:1], run_rows(given, 5)[1]))
     assert not any(bool(found[0][b, n:].any()) for b, n in enumerate(lengths))
-    check(run(reference, spoiled, lengths), given, lengths)
+    check(call(reference, spoiled, lengths), given, lengths)
 
 
-def run_rows(given: Arrays, b: int) -> Pair:
+def run_rows(given: Given, b: int) -> Pair:
     return emulate({name: x[b : b + 1] for name, x in given.items()})
 
 
@@ -202,27 +188,21 @@ def test_two_calls_equal_one(cut: int) -> None:
         assert equal((second[1], second[0]), (emulate(given)[1], emulate(given)[0][:, cut:]))
 
 
-@pytest.mark.parametrize("contract", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_order_of_threads_matters(schedule: str | int, contract: bool) -> None:
+@EVERY_RUN
+def test_no_order_of_threads_matters(run: dict[str, Any]) -> None:
     given = arguments((2, 2 * C + 1, 1, 2, 32, 32), "bfloat16")
-    check(emulate(given, [C + 2, C], schedule=schedule, contract=contract), given, [C + 2, C])
+    check(emulate(given, [C + 2, C], **run), given, [C + 2, C])
 
 
 def test_the_op_uses_the_kernel_only_where_it_fits() -> None:
-    used = library._used
-    with emulated() as launches:
-        library.use({"gated_delta"})
-        try:
-            run(gated_delta, arguments((1, 2, 1, 2, 16, 8)))
-            assert [seen.name for seen in launches] == ["gated_delta"]
-            unfit = [arguments((1, 2, 1, 2, *dims)) for dims in ((24, 16), (144, 8), (32, 12))]
-            mixed = arguments((1, 2, 1, 2, 16, 8))
-            for given in [*unfit, mixed | {"v": mixed["v"].astype(mx.bfloat16)}]:
-                check(run(gated_delta, given), given)
-            assert len(launches) == 1
-        finally:
-            library.use(used)
+    with executed() as launches, using("gated_delta"):
+        call(gated_delta, arguments((1, 2, 1, 2, 16, 8)))
+        assert [seen.name for seen in launches] == ["gated_delta"]
+        unfit = [arguments((1, 2, 1, 2, *dims)) for dims in ((24, 16), (144, 8), (32, 12))]
+        mixed = arguments((1, 2, 1, 2, 16, 8))
+        for given in [*unfit, mixed | {"v": mixed["v"].astype(mx.bfloat16)}]:
+            check(call(gated_delta, given), given)
+        assert len(launches) == 1
 
 
 @pytest.mark.parametrize(("heads", "columns"), [(4, 32), (8, 32), (16, 64), (64, 64)])
@@ -230,30 +210,20 @@ def test_few_heads_take_narrow_threadgroups(heads: int, columns: int) -> None:
     assert module._columns(heads, 128) == columns
 
 
-def cases() -> list[tuple[str, Callable[[], object], int, int]]:
-    """Label, launch, and the bytes it must read and write: a few heads of the family's size."""
-    result: list[tuple[str, Callable[[], object], int, int]] = []
+def cases() -> list[Needed]:
+    """A few heads of the family's size."""
+    result: list[Needed] = []
     for kind, T, Hk, Hv in [("float32", 64, 1, 2), ("bfloat16", 64, 1, 2), ("float32", 8, 1, 16)]:
         given = arguments((1, T, Hk, Hv, 128, 128), kind)
-        read = sum(x.nbytes for x in given.values())
         written = given["v"].nbytes + given["state"].nbytes
         label = f"gated_delta T {T}, {Hk} and {Hv} heads, {kind}"
-        result.append((label, partial(run, launch, given), read, written))
+        result.append(Needed(label, partial(call, launch, given), nbytes(given), written))
     return result
 
 
-@pytest.mark.parametrize(
-    ("label", "op", "read", "written"), cases(), ids=lambda v: v if isinstance(v, str) else None
-)
-def test_bytes_are_those_the_operation_must_touch(
-    label: str, op: Callable[[], object], read: int, written: int
-) -> None:
-    with emulated() as launches:
-        op()
-    require_clean(launches)
-    seen = launches[0]
-    assert (seen.read.unique, seen.written.unique) == (read, written)
-    assert seen.written.lines == written
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.label)
+def test_bytes_are_those_the_operation_must_touch(case: Needed) -> None:
+    seen = touched(case)
     for name in ("v", "state"):
         assert seen.buffers[name].read.lines == seen.buffers[name].read.unique
     # q and k are shared by the columns of a threadgroup, and come from the cache for the others.
@@ -266,10 +236,9 @@ def test_bytes_are_those_the_operation_must_touch(
 @pytest.mark.parametrize("T", [C, 3 * C - 1])
 def test_matrix_products_barriers_and_memory(wide: None, T: int) -> None:
     """The numbers that the header of the source states."""
-    with emulated() as launches:
-        run(launch, arguments((1, T, 1, 1, 128, 64)))
-        run(launch, arguments((1, T, 1, 1, 128, 32), "bfloat16"))
-    require_clean(launches)
+    with executed() as launches:
+        call(launch, arguments((1, T, 1, 1, 128, 64)))
+        call(launch, arguments((1, T, 1, 1, 128, 32), "bfloat16"))
     chunks, tiles = -(-T // C), 128 // 8
     for seen, SG, memory in zip(launches, (8, 4), (24.5, 16), strict=True):
         assert seen.matrix_ops == chunks * (SG * (6 * tiles + 6) + 6 * tiles + 8)
@@ -278,17 +247,16 @@ def test_matrix_products_barriers_and_memory(wide: None, T: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contract", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_RUN
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("shape", SHAPES + MORE)
 def test_every_shape_type_and_order(
-    wide: None, shape: tuple[int, ...], kind: str, schedule: str | int, contract: bool
+    wide: None, shape: tuple[int, ...], kind: str, run: dict[str, Any]
 ) -> None:
     given = arguments(shape, kind)
     lengths = [(7 * b + 5) % (shape[1] + 1) for b in range(shape[0])]
-    check(emulate(given, schedule=schedule, contract=contract), given)
-    check(emulate(given, lengths, schedule=schedule, contract=contract), given, lengths)
+    check(emulate(given, **run), given)
+    check(emulate(given, lengths, **run), given, lengths)
 
 
 @pytest.mark.slow
@@ -301,8 +269,8 @@ def test_heads_of_all_sizes(heads: tuple[int, int], kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gates", list(GATES))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_long_prompts_with_all_gates(kind: str, gates: str) -> None:
     given = arguments((1, 4099, 1, 2, 128, 32), kind, gates)
     check(emulate(given, checked=False), given)
-    check(run(reference, given), given)
+    check(call(reference, given), given)

@@ -6,9 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_cpu import emulated
-from moe_kernels import F32_ERROR, KERNELS, RUNS, combine_data, exact, excess, executed, is_whole
-from qwen35_mlx.kernels import library
+from kernel_checks import as_float64, takes_the_reference
+from moe_kernels import F32_ERROR, WAYS, combine_data, excess, is_whole, way
 from qwen35_mlx.kernels.moe_combine import moe_combine
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
@@ -23,24 +22,23 @@ CASES = [
 
 
 def wanted(data: tuple[mx.array, ...]) -> np.ndarray:
-    y, _, weights, shared, shared_out = (exact(a) for a in data)
+    y, _, weights, shared, shared_out = (as_float64(a) for a in data)
     rows = y[np.array(data[1])].reshape(*weights.shape, -1)
     return np.einsum("nk,nkh->nh", weights, rows) + shared[:, None] * shared_out
 
 
-@pytest.mark.parametrize("run", [None, *RUNS], ids=["reference", "forward", "reverse", "random"])
+@WAYS
 @pytest.mark.parametrize("N, E, K, hidden, dtype", CASES)
 def test_agrees_with_float64(
     N: int, E: int, K: int, hidden: int, dtype: mx.Dtype, run: dict[str, Any] | None
 ) -> None:
     data = combine_data(N, E, K, hidden, dtype)
-    if run is None:
-        assert excess(moe_combine(*data), wanted(data)) <= F32_ERROR
-        return
-    with executed(**run) as launches:
+    with way(run) as launches:
         found = moe_combine(*data)
     assert found.dtype == dtype
     assert excess(found, wanted(data)) <= F32_ERROR
+    if not launches:
+        return
     buffers = launches[0].buffers
     assert all(is_whole(buffer) for buffer in buffers.values())
     for name in ("y_sorted", "shared_out"):
@@ -51,12 +49,4 @@ def test_agrees_with_float64(
 @pytest.mark.parametrize("hidden", [4, 14])
 def test_what_the_kernel_does_not_know_takes_the_reference(hidden: int) -> None:
     data = combine_data(3, 5, 2, hidden, F32)
-    before = moe_combine(*data)
-    with emulated() as launches:
-        library.use(KERNELS)
-        try:
-            after = moe_combine(*data)
-        finally:
-            library.use(())
-    assert not launches
-    assert mx.array_equal(before, after)
+    takes_the_reference(lambda: [moe_combine(*data)])

@@ -1,15 +1,13 @@
 """The router, its reference and its Metal text, against the definition in float64."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_cpu import emulated
-from moe_kernels import KERNELS, RUNS, exact, executed, is_whole, route_data
-from qwen35_mlx.kernels import library
+from kernel_checks import as_float64, takes_the_reference
+from moe_kernels import WAYS, is_whole, launched, route_data, way
 from qwen35_mlx.kernels.moe_route import moe_route
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
@@ -28,16 +26,6 @@ CASES = [
 ]
 
 
-def way(run: dict[str, Any] | None) -> AbstractContextManager[Any]:
-    """The reference, or the kernel run in that way."""
-    return nullcontext() if run is None else executed(**run)
-
-
-WAYS = pytest.mark.parametrize(
-    "run", [None, *RUNS], ids=["reference", *(str(run["schedule"]) for run in RUNS)]
-)
-
-
 @WAYS
 @pytest.mark.parametrize("N, E, K, hidden, dtype", CASES)
 def test_chosen_and_their_weights(
@@ -46,13 +34,13 @@ def test_chosen_and_their_weights(
     data = logits, _, x, gate = route_data(N, E, K, hidden, dtype)
     with way(run) as launches:
         experts, weights, shared = moe_route(*data)
-    exact_logits = exact(logits)
+    exact_logits = as_float64(logits)
     best = np.argsort(-exact_logits, axis=-1, kind="stable")[:, :K]
     assert np.array_equal(np.array(experts), best)
     p = np.exp(exact_logits)
     chosen = np.take_along_axis(p, best, -1)
     np.testing.assert_allclose(weights, chosen / chosen.sum(-1, keepdims=True), rtol=ERROR)
-    dot = exact(x) @ exact(gate)
+    dot = as_float64(x) @ as_float64(gate)
     np.testing.assert_allclose(shared, 1 / (1 + np.exp(-dot)), rtol=ERROR)
     if launches:
         assert all(is_whole(buffer) for buffer in launches[0].buffers.values())
@@ -88,7 +76,7 @@ def test_broken_scores_are_seen_and_name_existing_experts() -> None:
     logits, K, x, gate = route_data(3, 40, 4, 16, F32)
     logits[1, 11] = float("nan")
     logits[2] = -mx.array(float("nan"))
-    with executed():
+    with launched():
         experts, weights, _ = moe_route(logits, K, x, gate)
     assert np.isfinite(np.array(weights[0])).all() and np.isnan(np.array(weights[1:])).all()
     for row in np.array(experts):
@@ -102,12 +90,4 @@ def test_what_the_kernel_does_not_know_takes_the_reference(
     N: int, E: int, K: int, hidden: int
 ) -> None:
     data = route_data(N, E, K, hidden, F32)
-    before = moe_route(*data)
-    with emulated() as launches:
-        library.use(KERNELS)
-        try:
-            after = moe_route(*data)
-        finally:
-            library.use(())
-    assert not launches
-    assert all(mx.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    takes_the_reference(lambda: moe_route(*data))

@@ -1,17 +1,16 @@
 """The k largest logits: the Metal source and the MLX form against a stable sort in float64."""
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_cpu import Launch, emulated, require_clean
-from qwen35_mlx.kernels import library
+from kernel_checks import EVERY_RUN, TYPES, Needed, as_float64, clean, executed, mlx_array, using
+from metal_cpu import Launch
 from qwen35_mlx.kernels.top_k import BLOCK, _plan, launch, reference, top_k
 
-TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Batch, vocabulary, k: under 8 logits; a block more or less; a simdgroup of the first launch more
 # or less; fewer blocks than k and more; 8 and 16 logits per thread of the second launch.
 SHAPES = [
@@ -29,7 +28,6 @@ SHAPES = [
 ]
 LARGE = [(1, 8321, 64), (2, 8191, 64), (1, 33_000, 20), (3, 5000, 1), (1, 40_001, 47)]
 FAMILY = [(248_320, 20), (248_077, 20), (248_320, 64), (248_320, 1)]
-SCHEDULES = ["forward", "reverse", 7]  # the seed of a random one
 
 
 def logits(B: int, V: int, kind: str, step: float = 0.0) -> mx.array:
@@ -37,18 +35,12 @@ def logits(B: int, V: int, kind: str, step: float = 0.0) -> mx.array:
     x = np.random.default_rng(V).normal(size=(B, V)) * 4
     if step:
         x = np.round(x / step) * step
-    return mx.array(x.astype(np.float32)).astype(TYPES[kind])
-
-
-def clean(launches: list[Launch] | None) -> None:
-    """Of the launches on a CPU, that nothing was reported; a GPU reports nothing."""
-    if launches is not None:
-        require_clean(launches)
+    return mlx_array(x, TYPES[kind])
 
 
 def check(found: tuple[mx.array, mx.array], x: mx.array, k: int) -> None:
     values, indices = found
-    exact = np.array(x.astype(mx.float32)).astype(np.float64)
+    exact = as_float64(x)
     exact = np.where(np.isnan(exact), -np.inf, exact)
     wanted = np.argsort(-exact, axis=-1, kind="stable")[:, :k]
     assert values.dtype == mx.float32 and indices.dtype == mx.uint32
@@ -105,7 +97,7 @@ def test_ties_infinities_and_nan_are_ordered(
 @pytest.mark.parametrize(("V", "k"), FAMILY)
 def test_the_vocabulary_of_the_family(V: int, k: int) -> None:
     x = logits(1, V, "bfloat16")
-    with emulated(checked=False):
+    with executed(checked=False):
         check(launch(x, k, x.shape[1]), x, k)
     check(reference(x, k, x.shape[1]), x, k)
 
@@ -127,44 +119,33 @@ def test_only_the_first_of_each_row_count(
     check(reference(x, k, among), x[:, :among], k)
 
 
-@pytest.mark.parametrize("contract", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_order_of_threads_matters(schedule: str | int, contract: bool) -> None:
+@EVERY_RUN
+def test_no_order_of_threads_matters(run: dict[str, Any]) -> None:
     x = logits(2, 1100, "float16", 0.25)
-    with emulated(schedule=schedule, contract=contract) as launches:
+    with executed(**run):
         check(launch(x, 6, 1100), x, 6)
-    require_clean(launches)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contract", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@EVERY_RUN
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("B", "V", "k"), [*SHAPES, *LARGE, (1, 248_077, 20), (1, 248_320, 64)])
-def test_every_shape_type_and_order(
-    B: int, V: int, k: int, kind: str, schedule: str | int, contract: bool
-) -> None:
+def test_every_shape_type_and_order(B: int, V: int, k: int, kind: str, run: dict[str, Any]) -> None:
     for step in (0.0, 0.5):
         x = logits(B, V, kind, step)
-        with emulated(schedule=schedule, contract=contract) as launches:
+        with executed(**run):
             check(launch(x, k, x.shape[1]), x, k)
-        require_clean(launches)
 
 
 def test_the_op_uses_the_kernel_only_where_it_fits() -> None:
     x = logits(1, 700, "bfloat16")
-    used = library._used
-    with emulated() as launches:
-        library.use({"top_k"})
-        try:
-            check(top_k(x, 5), x, 5)
-            assert len(launches) == 2
-            check(top_k(x, 65), x, 65)
-            assert len(launches) == 2
-            check(top_k(x, 5, 600), x[:, :600], 5)
-            assert len(launches) == 4
-        finally:
-            library.use(used)
+    with executed() as launches, using("top_k"):
+        check(top_k(x, 5), x, 5)
+        assert len(launches) == 2
+        check(top_k(x, 65), x, 65)
+        assert len(launches) == 2
+        check(top_k(x, 5, 600), x[:, :600], 5)
+        assert len(launches) == 4
     for k, among in [(701, None), (0, None), (5, 4), (5, 701)]:
         with pytest.raises(ValueError, match=rf"k is {k} among .* <= 700"):
             top_k(x, k, among)
@@ -179,9 +160,9 @@ def test_the_second_launch_covers_its_blocks_with_threads_that_stay_inside_one()
         assert threads * each >= chosen * BLOCK
 
 
-def cases() -> list[tuple[str, Callable[[], object], int, int]]:
-    """Label, both launches, and the bytes they must read and write at least."""
-    result: list[tuple[str, Callable[[], object], int, int]] = []
+def cases() -> list[Needed]:
+    """Both launches, which may touch more."""
+    result: list[Needed] = []
     for V, k, kind in [
         (248_320, 20, "bfloat16"),
         (248_320, 64, "float32"),
@@ -189,21 +170,20 @@ def cases() -> list[tuple[str, Callable[[], object], int, int]]:
     ]:
         x = logits(1, V, kind)
         needed = x.nbytes + 4  # and how many count
-        result.append((f"top_k {k} of {V} {kind}", partial(launch, x, k, V), needed, 8 * k))
+        op = partial(launch, x, k, V)
+        result.append(Needed(f"top_k {k} of {V} {kind}", op, needed, 8 * k))
     return result
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case[0])
-def test_logits_are_read_once(case: tuple[str, Callable[[], object], int, int]) -> None:
-    _, run, read, written = case
-    with emulated() as launches:
-        run()
-    require_clean(launches)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.label)
+def test_logits_are_read_once(case: Needed) -> None:
+    with executed() as launches:
+        case.op()
     first, second = launches
-    maxima, k = first.buffers["maxima"].written.unique, written // 8
-    assert (first.read.unique, second.written.unique) == (read, written)
+    maxima, k = first.buffers["maxima"].written.unique, case.written // 8
+    assert (first.read.unique, second.written.unique) == (case.read, case.written)
     assert maxima <= 4 * 1940
     # The second launch reads the maxima, k blocks of the logits, and both numbers.
     assert second.read.unique - maxima - 8 <= k * BLOCK * 4
-    assert first.read.lines + second.read.lines <= 1.06 * read
+    assert first.read.lines + second.read.lines <= 1.06 * case.read
     assert second.barriers <= 2 * (32 + 2)
