@@ -23,14 +23,22 @@ def main() -> None:
             # Ctrl-C during the import is no traceback; `terminal.guarded` then takes over.
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         import_module(COMMANDS[name][0]).main(rest, f"qwen35-mlx {name}")
-    elif name in ("--help", "-h"):
-        print(_usage())
-    elif name == "--version":
-        print(f"qwen35-mlx {__version__}")
     else:
-        known = ", ".join(COMMANDS)
-        print(f"error: no command {name!r}; expected one of: {known}.", file=sys.stderr)
-        sys.exit(2)
+        import click
+
+        from . import terminal
+
+        @click.command(add_help_option=False)
+        def overview() -> None:
+            if name in ("--help", "-h"):
+                print(_usage(), flush=True)
+            elif name == "--version":
+                print(f"qwen35-mlx {__version__}", flush=True)
+            else:
+                known = ", ".join(COMMANDS)
+                raise click.UsageError(f"no command {name!r}; expected one of: {known}.")
+
+        sys.exit(terminal.guarded(overview, [], "qwen35-mlx"))
 
 
 def _usage() -> str:

@@ -29,36 +29,58 @@ def verdicts(
     """Examine every trial of `shapes` (a dataclass of plain values) in another process.
 
     worker: the command of that process, which reads a request from stdin and writes lines as
-    `serve` does. A trial that takes longer than `seconds`, or ends the process, is a problem of its
-    kernel; the others go on in a new process. progress: called with trials done, and in all.
+    `serve` does. A trial that takes longer than `seconds`, or ends the process, is made once more,
+    for the machine may have slept or run out of memory; then it is a problem of its kernel, and the
+    others go on in a new process. progress: called with trials done, and in all.
     Raises: OSError when no process can be started; RuntimeError when it does not answer as it
     should.
     """
     command = _own_worker() if worker is None else worker
     found: list[Verdict] = []
-    done = total = 0
+    failed: set[str] = set()
     while True:
         skip = sorted({verdict.kernel for verdict in found})
         request = json.dumps({"shapes": asdict(shapes), "skip": skip})
-        begun: dict[str, str] | None = None
         with _started(command, request, seconds) as process:
-            for said in process.lines():
-                if said == "end":
-                    if progress:
-                        progress(total, total)
-                    return found
-                if said is not None and "trials" in said:
-                    total = said["trials"]
-                elif said is not None and "problem" not in said:
-                    begun = said
-                else:
-                    begun, done = None, done + 1
-                    found += [] if said is None else [Verdict(**said)]
-                    if progress:
-                        progress(min(done, total), total)
-        if begun is None:
-            raise RuntimeError(f"{command[0]}: {process.ending}, between two trials")
-        found.append(Verdict(begun["kernel"], begun["case"], problem=process.ending))
+            try:
+                broken = _heard(process, found, progress)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise RuntimeError(f"{command[0]}: answers in another way: {error}") from None
+        if broken is None:
+            return found
+        # The whole kernel again: what it has shown so far would stand there twice.
+        found = [verdict for verdict in found if verdict.kernel != broken.kernel]
+        if broken.kernel in failed:
+            found.append(broken)
+        failed.add(broken.kernel)
+
+
+def _heard(
+    process: "_Worker", found: list[Verdict], progress: Callable[[int, int], None] | None
+) -> Verdict | None:
+    """Add what the process says to `found`. Returns: of the trial that it did not survive.
+
+    Raises: RuntimeError when it ends otherwise before its end.
+    """
+    begun: dict[str, str] | None = None
+    done = total = 0
+    for said in process.lines():
+        if said == "end" and total:
+            if progress:
+                progress(total, total)
+            return None
+        if said is not None and "trials" in said:
+            total = said["trials"]
+        elif said is not None and "problem" not in said:
+            begun = said
+        else:
+            begun, done = None, done + 1
+            found += [] if said is None else [Verdict(**said)]
+            if progress:
+                progress(min(done, total), total)
+    if begun is None:
+        raise RuntimeError(f"{process.ending}, between two trials")
+    return Verdict(begun["kernel"], begun["case"], problem=process.ending)
 
 
 def serve(
@@ -70,10 +92,12 @@ def serve(
     """
     yield json.dumps({"trials": len(plans)})
     for plan in plans:
-        if plan.kernel not in skip:
-            yield json.dumps({"kernel": plan.kernel, "case": plan.case})
-            verdict = examine(plan, clock)
-            yield json.dumps(None if verdict is None else asdict(verdict))
+        if plan.kernel in skip:
+            yield json.dumps(None)  # counts as done
+            continue
+        yield json.dumps({"kernel": plan.kernel, "case": plan.case})
+        verdict = examine(plan, clock)
+        yield json.dumps(None if verdict is None else asdict(verdict))
     yield json.dumps("end")
 
 
@@ -100,7 +124,8 @@ def _started(command: Sequence[str], request: str, seconds: float) -> "Iterator[
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=env,
             process_group=0,  # Ctrl-C is for this process, which then ends the other
         ) as process,

@@ -31,6 +31,7 @@ KINDS = (
     ("mlp", "feed-forward"),
 )
 Place = tuple[int, int]  # layer, then 0 for the mixer and 1 for the feed-forward block
+LONGEST = 1 << 20  # tokens; the family's context ends at 1,010,000
 CONTEXT = 512  # tokens; from 4,096 on (1,024 on Max and Ultra) attention takes a launch more
 
 
@@ -121,7 +122,7 @@ def _places(graph: "Graph") -> list[Place | None]:
 @click.option("--recipe", metavar="NAME", help="Of a size: careful or uniform, as of `convert`.")
 @click.option(
     "--context",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, LONGEST),
     default=CONTEXT,
     metavar="N",
     help=f"Tokens read before, {CONTEXT} unless said.",
@@ -206,7 +207,7 @@ def _table(title: str, parts: Sequence[Part]) -> str:
         f"{'':{width}}  launches  layers  {'total':>6}",
     ]
     for part in parts:
-        each = f"{part.per_layer:.1f}".removesuffix(".0")
+        each = f"{part.per_layer:.2f}".removesuffix("0").removesuffix(".0")
         layers = "" if part.kind == ENDS else part.layers
         lines.append(f"{part.kind:{width}}  {each:>8}  {layers:>6}  {part.launches:>6,}")
     total = sum(part.launches for part in parts)

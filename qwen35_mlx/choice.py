@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -72,16 +73,34 @@ def examined(shapes: Shapes, progress: Progress | None = None) -> list[Verdict]:
 def remembered(shapes: Shapes) -> list[Verdict] | None:
     """What an earlier trial of this combination showed; None if there was none."""
     wanted = combination(shapes)
-    path = _path(wanted)
-    if not path.is_file():
-        return None
     try:
-        kept = files.read_json(path)
+        kept = files.read_json(_path(wanted))
         if kept["combination"] != wanted:
             return None
-        return [Verdict(**verdict) for verdict in kept["verdicts"]]
-    except (ModelError, KeyError, TypeError):  # damaged: as if there were none
-        return None
+        return [_checked(Verdict(**verdict)) for verdict in kept["verdicts"]] or None
+    except (ModelError, OSError, LookupError, TypeError, ValueError):
+        return None  # none yet, or one that is damaged or cannot be read
+
+
+def _checked(verdict: Verdict) -> Verdict:
+    """Raises: ValueError for one that no trial gives."""
+    texts = (verdict.kernel, verdict.case, verdict.problem or "")
+    sizes = (verdict.nbytes, verdict.error, verdict.tolerance)
+    times = (verdict.seconds, verdict.reference_seconds)
+    is_one = (
+        all(isinstance(text, str) for text in texts)
+        and verdict.kernel in library.names()
+        and all(_is_number(number) and not number < 0 for number in sizes)
+        and all(_is_number(number) and not number <= 0 for number in times)
+    )
+    if not is_one:
+        raise ValueError("no verdict")
+    return verdict
+
+
+def _is_number(value: Any) -> bool:
+    """NaN counts: of a trial that was not timed."""
+    return type(value) in (int, float) and (value != value or abs(value) < sys.float_info.max)
 
 
 def combination(shapes: Shapes) -> dict[str, Any]:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .proof import Verdict
     from .shapes import Shapes
 
-HEADINGS = ("kernel", "tried with", "error", "allowed", "time", "MLX's", "GB/s", "of chip", "used")
+HEADINGS = ("kernel", "tried with", "error", "limit", "us", "MLX us", "GB/s", "chip", "used")
 NO_GPU = (
-    "Metal is not available on this machine: MLX's own operations are used throughout, and there "
-    "is nothing to check."
+    "Metal is not available on this machine: MLX's own operations are used\n"
+    "throughout, and there is nothing to check."
 )
 
 
@@ -36,8 +36,8 @@ def command(model: str, bits: int | None, recipe: str | None, as_json: bool) -> 
     MODEL is a size (4b unless said) as `generate` takes it, a Hub id or a local folder; no weights
     are read. A kernel is used if its results are those of MLX's own operations and it is at least
     as fast in all that it was tried with together; otherwise these run in its place. What is found
-    is remembered for this chip, macOS, MLX and version, and the first load of a model does the same
-    by itself. QWEN35_REFERENCE=1 uses no kernel.
+    is remembered for this chip, macOS, MLX and version, in the place of what was found before; the
+    first load of a model does the same by itself. QWEN35_REFERENCE=1 uses no kernel.
 
     The makers have executed every kernel's Metal source on a CPU, and none on an Apple GPU yet:
     this check, on your Mac, is the first.
@@ -56,6 +56,8 @@ def command(model: str, bits: int | None, recipe: str | None, as_json: bool) -> 
         print(json.dumps(_as_json(title, about, verdicts, off)))
     else:
         print(terminal.neutral(report(title, about, verdicts, _bandwidth(), off)))
+    if choice.remembered(asked) is None:
+        terminal.note("note: this could not be remembered; the next load tries the kernels again.")
     return 0
 
 
@@ -104,40 +106,24 @@ def report(
     from . import proof
 
     used = proof.chosen(verdicts)
-    rows = [HEADINGS]
     silent = [v for v in verdicts if v.is_right and math.isnan(v.seconds)]
-    for v in verdicts:
-        if v in silent:
-            continue
-        speed = v.nbytes / v.seconds / 1e9 if v.seconds > 0 else math.nan
-        rows.append(
-            (
-                v.kernel,
-                v.case,
-                "NaN" if v.problem is None and math.isnan(v.error) else _figure(v.error, "{:.1e}"),
-                _figure(v.tolerance, "{:.1e}"),
-                _time(v.seconds),
-                _time(v.reference_seconds),
-                _figure(speed, "{:.1f}"),
-                _figure(100 * speed / bandwidth if bandwidth else math.nan, "{:.0f}%"),
-                "yes" if v.kernel in used else f"no: {proof.why_not(v.kernel, verdicts)}",
-            )
-        )
+    rows = [HEADINGS, *(_row(v, bandwidth, used) for v in verdicts if v not in silent)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 or i == len(row) - 1 else cell.rjust(width)
+        " ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    kernels = {v.kernel for v in verdicts}
+    kernels = dict.fromkeys(v.kernel for v in verdicts)
     chip = f"{about['chip']}, " + (f"{bandwidth:g} GB/s, " if bandwidth else "")
-    last = f"{len(used)} of {len(kernels)} kernels are used; MLX's own operations for the rest."
+    last = [f"{k}: not used: {proof.why_not(k, verdicts)}" for k in kernels if k not in used]
+    last.append(f"{len(used)} of {len(kernels)} kernels are used; MLX's operations for the rest.")
     if silent:
-        last = f"{len(silent)} further cases were compared only, and are right. {last}"
+        last.append(f"Compared only, and right: {len(silent)} more of so many tokens and formats.")
     if off:
-        last = "QWEN35_REFERENCE is set: no kernel is used, whatever the table says."
+        last.append("QWEN35_REFERENCE is set: no kernel is used, whatever the table says.")
     return "\n".join(
         [
             f"Kernels for {title}",
@@ -145,17 +131,28 @@ def report(
             "",
             *lines,
             "",
-            last,
+            *last,
         ]
+    )
+
+
+def _row(v: "Verdict", bandwidth: float | None, used: frozenset[str]) -> tuple[str, ...]:
+    speed = v.nbytes / v.seconds / 1e9 if v.seconds > 0 else math.nan
+    return (
+        v.kernel,
+        v.case,
+        "NaN" if v.problem is None and math.isnan(v.error) else _figure(v.error, "{:.0e}"),
+        _figure(v.tolerance, "{:.0e}"),
+        _figure(1e6 * v.seconds, "{:,.0f}"),
+        _figure(1e6 * v.reference_seconds, "{:,.0f}"),
+        _figure(speed, "{:.1f}"),
+        _figure(100 * speed / bandwidth if bandwidth else math.nan, "{:.0f}%"),
+        "yes" if v.kernel in used else "no",
     )
 
 
 def _figure(value: float, form: str) -> str:
     return "0" if value == 0 else form.format(value) if math.isfinite(value) else "-"
-
-
-def _time(seconds: float) -> str:
-    return f"{1e6 * seconds:,.1f} us" if math.isfinite(seconds) else "-"
 
 
 def _as_json(

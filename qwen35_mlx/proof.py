@@ -103,8 +103,14 @@ def examine(plan: Plan, clock: Clock = time.perf_counter) -> Verdict | None:
         blamed = "MLX's own operations do not run"
         return _compared(plan, trial, found, clock)
     except Exception as raised:  # whatever a compiler or driver may raise
-        lines = str(raised).strip().splitlines() or [type(raised).__name__]
-        return Verdict(plan.kernel, plan.case, problem=f"{blamed}: {lines[0][:200]}")
+        return Verdict(plan.kernel, plan.case, problem=f"{blamed}: {_said(raised)}")
+
+
+def _said(raised: Exception) -> str:
+    """One line: what a compiler found, where it says that, is below the first."""
+    lines = [line.strip() for line in str(raised).splitlines() if line.strip()]
+    found = next((line for line in lines if "error:" in line), None)
+    return (found or (lines or [type(raised).__name__])[0])[:200]
 
 
 def _compared(

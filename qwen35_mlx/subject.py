@@ -33,6 +33,8 @@ def of(model: str, bits: int | None, recipe: str | None) -> "Subject":
     Raises: ModelError when `model` stands for nothing or cannot be run; ConversionError for bits or
     a recipe that there are not.
     """
+    if not model.strip():
+        raise ModelError("the name is empty; expected a folder, Hub id or size. Name one.")
     from qwen35_mlx.convert import layout, origin, published
     from qwen35_mlx.convert.options import Options, options
 

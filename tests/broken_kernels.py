@@ -31,7 +31,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "ending the process": lambda: os._exit(11),
 }
 SLOW = "slow"
-SECONDS = 8.0  # of the hanging one, and more than the others of a few take on a busy machine
+SECONDS = 6.0  # of the hanging one, and more than the others of a few take on a busy machine
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def test_verdicts_come_as_they_are_made() -> None:
 
 
 ENDINGS = {
-    "time.sleep(600)": "gave no answer within 4 s",
+    "time.sleep(600)": "gave no answer within 3 s",
     "os._exit(9)": r"ended the process (exit code 9)",
     "os.abort()": f"ended the process (signal {signal.SIGABRT.value})",
     "raise MemoryError('too large')": "ended the process (exit code 1: MemoryError: too large)",
@@ -59,15 +59,33 @@ ENDINGS = {
 @pytest.mark.parametrize("end", ENDINGS)
 def test_a_trial_without_an_answer_is_its_kernels_problem_and_the_rest_goes_on(end: str) -> None:
     code = (
-        "if not request['skip']:\n"
-        f"    say(begun('a'), done('a'), begun('b')); {end}\n"
+        "say({'trials': 4})\n"
+        "if 'a' not in request['skip']: say(begun('a'), done('a'))\n"
+        "if 'b' not in request['skip']:\n"
+        f"    say(begun('b'), done('b'), begun('b')); {end}\n"
         "assert request['skip'] == ['a', 'b']\n"
         "say(begun('c'), done('c'), 'end')"
     )
-    found = apart.verdicts(Shapes(), worker(code), seconds=4.0)
+    found = apart.verdicts(Shapes(), worker(code), seconds=3.0)
     assert [v.kernel for v in found] == ["a", "b", "c"]
     assert chosen(found) == {"a", "c"}
     assert why_not("b", found) == ENDINGS[end]
+
+
+def test_a_trial_that_failed_by_accident_is_made_once_more(tmp_path: Path) -> None:
+    """The machine may have slept or run out of memory; what is remembered would stay."""
+    once = str(tmp_path / "once")
+    code = (
+        "say({'trials': 4})\n"
+        "if not request['skip']: say(begun('a'), done('a'))\n"
+        "say(begun('b'), done('b'), begun('b'))\n"
+        f"if not os.path.exists({once!r}):\n"
+        f"    open({once!r}, 'w'); os.kill(os.getpid(), 9)\n"
+        "say(done('b'), 'end')"
+    )
+    found = apart.verdicts(Shapes(), worker(code))
+    assert [v.kernel for v in found] == ["a", "b", "b"]
+    assert chosen(found) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +95,12 @@ def test_a_trial_without_an_answer_is_its_kernels_problem_and_the_rest_goes_on(e
         ("import nothing_like_it", "exit code 1: ModuleNotFoundError: .*between two trials"),
         ("print('hello'); say('end')", "it says 'hello"),
         ("print('[1, 2'); say('end')", "it says"),
+        ("say('end')", "another way|between two trials"),
+        ("say(5)", "another way"),
+        ("say([1])", "another way"),
+        ("say({'trials': 2}, {'problem': None})", "another way"),
+        ("say({'trials': 2}, {'a': 1}); os._exit(1)", "another way"),
+        ("sys.stdout.buffer.write(b'\\xff\\n'); sys.stdout.flush()", "it says"),
     ],
 )
 def test_a_process_that_does_not_keep_to_the_rules_is_an_error_and_no_endless_loop(
@@ -99,7 +123,9 @@ def test_a_process_that_ends_before_it_reads_is_no_broken_pipe() -> None:
 
 def test_ctrl_c_on_the_terminal_is_not_for_the_worker() -> None:
     """It would be taken for a kernel that ends the process, and remembered."""
-    code = "own = str(os.getpgrp() == os.getpid())\nsay(begun(own), done(own), 'end')"
+    code = (
+        "own = str(os.getpgrp() == os.getpid())\nsay({'trials': 1}, begun(own), done(own), 'end')"
+    )
     assert [v.kernel for v in apart.verdicts(Shapes(), worker(code))] == ["True"]
 
 
@@ -161,12 +187,13 @@ def test_what_is_printed_beside_the_answers_is_no_answer(tmp_path: Path) -> None
     request = '{"shapes": {}, "skip": []}'
     code = (
         "import io, sys\n"
-        "from qwen35_mlx import apart, trials\n"
+        "from qwen35_mlx import trials\n"
+        "from qwen35_mlx.proof import Plan\n"
         f"sys.stdin = io.StringIO({request!r})\n"
         "trials.from_plain = lambda _: None\n"
         "def plans(_):\n"
         "    print('a hook says hello')\n"
-        "    return []\n"
+        "    return [Plan('a', 'b', lambda: None)]\n"
         "trials.plans = plans\n"
         "trials.main()\n"
     )

@@ -75,7 +75,7 @@ ALLOWED: dict[str, str] = {
     "bench": "family kernels stand_ins graph launches decode_step terminal commands subject",
     "chips": "",
     "doctor": "errors proof shapes choice terminal commands subject chips",
-    "__main__": "__init__",
+    "__main__": "__init__ terminal",
 }
 HEAVY = (
     "torch",

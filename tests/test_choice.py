@@ -100,20 +100,49 @@ def test_another_combination_is_tried_again(
     assert len(tried) == 2
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["", "{", "[]", "{}", '{"combination": 1, "verdicts": []}', "verdicts", "\0\0"],
-)
-def test_a_damaged_memory_is_none(damage: str, tried: list[Shapes], tmp_path: Path) -> None:
+DAMAGED: list[object] = [
+    {"error": "small"},
+    {"error": None},
+    {"error": -1.0},
+    {"seconds": 0},
+    {"reference_seconds": 0.0},
+    {"seconds": 10**400},
+    {"seconds": True},
+    {"kernel": [1]},
+    {"kernel": "nothing_like_it"},
+    {"problem": 5},
+    {"how": "fine"},
+    None,
+]
+
+
+@pytest.mark.parametrize("damage", [*("", "{", "[]", "{}", "\0\0", "\xff"), *DAMAGED], ids=str)
+def test_a_damaged_memory_is_none(damage: object, tried: list[Shapes], tmp_path: Path) -> None:
     used()
     path = only_file(tmp_path)
-    if damage == "verdicts":
-        kept = json.loads(path.read_text())
-        damage = json.dumps(kept | {"verdicts": [{"kernel": "embed", "how": "fine"}]})
-    path.write_text(damage)
+    kept = json.loads(path.read_text())
+    if isinstance(damage, dict):
+        kept["verdicts"][0] |= damage
+        damage = json.dumps(kept)
+    elif damage is None:
+        damage = json.dumps(kept | {"verdicts": []})
+    path.write_text(str(damage), encoding="latin-1")
     assert used() == {"embed"}
     assert len(tried) == 2
     assert choice.remembered(SHAPES) is not None
+
+
+def test_a_memory_that_cannot_be_read_is_none(
+    tried: list[Shapes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(choice.files, "read_json", refuse)
+    assert used() == {"embed"}
+    monkeypatch.undo()
+    monkeypatch.setenv("QWEN35_HOME", "/x" * 3000)
+    assert choice.remembered(SHAPES) is None
 
 
 def test_what_is_remembered_is_private_and_no_scratch_file_is_left(

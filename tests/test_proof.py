@@ -115,7 +115,8 @@ def test_an_error_of_the_compiler_is_one_line() -> None:
         raise RuntimeError("[metal::Device] Unable to build\nerror: no double\n" + 900 * "x")
 
     verdict = examined(launch, constant(X))
-    assert verdict.problem == "does not run: [metal::Device] Unable to build"
+    # What is wrong is said below the first line.
+    assert verdict.problem == "does not run: error: no double"
     assert why_not("twice", [verdict]) == verdict.problem
 
 
