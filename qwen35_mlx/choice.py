@@ -77,30 +77,25 @@ def remembered(shapes: Shapes) -> list[Verdict] | None:
         kept = files.read_json(_path(wanted))
         if kept["combination"] != wanted:
             return None
-        return [_checked(Verdict(**verdict)) for verdict in kept["verdicts"]] or None
+        verdicts = [Verdict(**verdict) for verdict in kept["verdicts"]]
     except (ModelError, OSError, LookupError, TypeError, ValueError):
         return None  # none yet, or one that is damaged or cannot be read
+    known = library.names()
+    is_whole = all(v.kernel in known and _is_possible(v) for v in verdicts)
+    return verdicts if verdicts and is_whole else None
 
 
-def _checked(verdict: Verdict) -> Verdict:
-    """Raises: ValueError for one that no trial gives."""
-    texts = (verdict.kernel, verdict.case, verdict.problem or "")
+def _is_possible(verdict: Verdict) -> bool:
+    """Whether a trial could have given it. An error may be infinite, and what is unknown is NaN."""
+    texts = (verdict.case, verdict.problem or "")
     sizes = (verdict.nbytes, verdict.error, verdict.tolerance)
     times = (verdict.seconds, verdict.reference_seconds)
-    is_one = (
+    return (
         all(isinstance(text, str) for text in texts)
-        and verdict.kernel in library.names()
-        and all(_is_number(number) and not number < 0 for number in sizes)
-        and all(_is_number(number) and not number <= 0 for number in times)
+        and all(type(number) in (int, float) for number in (*sizes, *times))
+        and not any(number < 0 for number in sizes)
+        and not any(number <= 0 or number > sys.float_info.max for number in times)
     )
-    if not is_one:
-        raise ValueError("no verdict")
-    return verdict
-
-
-def _is_number(value: Any) -> bool:
-    """NaN counts: of a trial that was not timed."""
-    return type(value) in (int, float) and (value != value or abs(value) < sys.float_info.max)
 
 
 def combination(shapes: Shapes) -> dict[str, Any]:

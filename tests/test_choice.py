@@ -78,6 +78,19 @@ def test_kernels_are_tried_once(tried: list[Shapes]) -> None:
     assert [repr(v) for v in choice.remembered(SHAPES) or []] == [repr(v) for v in VERDICTS]
 
 
+def test_a_kernel_that_gives_infinities_is_remembered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Shapes] = []
+    wrong = Verdict("add_norm", "1 token", 10, float("inf"), 1e-4)
+
+    def verdicts(shapes: Shapes, **_: Any) -> list[Verdict]:
+        made.append(shapes)
+        return [VERDICTS[0], wrong]
+
+    monkeypatch.setattr(apart, "verdicts", verdicts)
+    assert used() == used() == {"embed"}
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("changed", ["chip", "macos", "mlx", "version", "source", "shapes"])
 def test_another_combination_is_tried_again(
     changed: str, tried: list[Shapes], monkeypatch: pytest.MonkeyPatch
