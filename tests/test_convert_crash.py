@@ -24,19 +24,33 @@ from qwen35_mlx.errors import ConversionError, ModelError
 ROOT = Path(__file__).parents[1]
 SHARD_BYTES = 100_000  # some forty files
 KILLS = 20
-# The test's own way to convert, in a process that can be killed. It says when it begins to work.
+# The test's own way to convert, in a process that can be killed. It says when it has imported
+# everything; is told how often rows are read before it says so and before it waits for its end, so
+# that a slow machine cannot let it run past the moment; and at last says how often they were.
 CHILD = """
-import sys
+import sys, time
 from dataclasses import replace
 from pathlib import Path
-from qwen35_mlx.convert import convert, job, open_folder, options
+from qwen35_mlx.convert import Source, convert, job, open_folder, options
 source, out, shard_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 job.SLICE_BYTES = 2 * 192 * 4  # a few rows, so that the work takes a while
 print("ready", flush=True)
-sys.stdin.readline()
+tell, hold = map(int, sys.stdin.readline().split())
+real, calls = Source.rows, 0
+def rows(*args):
+    global calls
+    if calls == tell:
+        print("there", flush=True)
+    if calls == hold:
+        time.sleep(600)
+    calls += 1
+    return real(*args)
+Source.rows = rows
 chosen = replace(options(4), shard_size=shard_bytes)
 convert(open_folder(source), out, chosen, name="Qwen/a-model")
+print(calls)
 """
+NEVER = -1
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +109,12 @@ def start(source: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
-def begin(child: subprocess.Popen[str]) -> float:
-    """Let a child that has imported everything go to work; the time at which it did."""
+def begin(child: subprocess.Popen[str], *, tell: int = NEVER, hold: int = NEVER) -> None:
+    """Let a child that has imported everything go to work."""
     assert child.stdin is not None and child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    child.stdin.write("go\n")
+    child.stdin.write(f"{tell} {hold}\n")
     child.stdin.close()
-    return time.monotonic()
 
 
 def end(child: subprocess.Popen[str]) -> int:
@@ -110,48 +123,57 @@ def end(child: subprocess.Popen[str]) -> int:
     return child.wait()
 
 
-def test_kill_9_at_random_moments_leaves_work_that_the_same_command_completes(
-    source: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    child = start(source, tmp_path / "measured")
-    began = begin(child)
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory, source: Path, undisturbed: Path) -> int:
+    """How often an undisturbed child reads rows."""
+    out = tmp_path_factory.mktemp("measured") / "out"
+    child = start(source, out)
+    begin(child)
+    assert child.stdout is not None
+    count = int(child.stdout.read())
     assert end(child) == 0
-    duration = time.monotonic() - began
-    assert_same(tmp_path / "measured", undisturbed)
-    moments, finished = random.Random(20), set()
+    assert_same(out, undisturbed)
+    return count
+
+
+def test_kill_9_at_random_moments_leaves_work_that_the_same_command_completes(
+    source: Path, undisturbed: Path, tmp_path: Path, calls: int
+) -> None:
+    """Of twenty equal parts of the work, one moment in each, or in the next."""
+    moments, finished = random.Random(20), []
     child = start(source, tmp_path / "0")
     for number in range(KILLS):
         out = tmp_path / str(number)
-        began = begin(child)
-        moment = duration * (number + moments.random()) / KILLS
-        time.sleep(max(0.0, began + moment - time.monotonic()))
+        begin(child, tell=calls * number // KILLS, hold=calls * (number + 2) // KILLS)
+        assert child.stdout is not None and child.stdout.readline() == "there\n"
+        while child.poll() is None and len(weights(partial_of(out))) < number:
+            time.sleep(0.001)
+        time.sleep(moments.random() / KILLS)
         child.send_signal(signal.SIGKILL)
         end(child)
         # Imports of the next run beside the completion of this one.
         child = start(source, tmp_path / str(number + 1))
         left = out if out.exists() else partial_of(out)
-        if left.exists():
-            assert_nothing_is_half_written(left, undisturbed)
-            finished.add(len(weights(left)))
+        assert_nothing_is_half_written(left, undisturbed)
+        finished.append(len(weights(left)))
         assert_same(run(source, out), undisturbed)
         shutil.rmtree(out)
     child.kill()
     end(child)
     # The moments were spread: before, between and after files.
-    assert len(finished) > KILLS // 3 and min(finished) < 5 < max(finished)
+    assert finished[0] < 5 < KILLS // 2 <= finished[KILLS // 2] < len(weights(undisturbed))
+    assert all(count >= number for number, count in enumerate(finished))
 
 
 def test_killed_again_and_again_it_still_arrives(
-    source: Path, undisturbed: Path, tmp_path: Path
+    source: Path, undisturbed: Path, tmp_path: Path, calls: int
 ) -> None:
     """Each run is killed some files after it began; the next goes on, not anew."""
     out, counts = tmp_path / "out", [0]
     while not out.exists():
         child = start(source, out)
-        begin(child)
-        while child.poll() is None and not out.exists():
-            if len(weights(partial_of(out))) >= counts[-1] + 5:
-                break
+        begin(child, hold=calls // 4)
+        while child.poll() is None and len(weights(partial_of(out))) < counts[-1] + 5:
             time.sleep(0.001)
         child.kill()
         end(child)
