@@ -19,6 +19,7 @@ import test_kernel_attention_prepare  # noqa: E402
 import test_kernel_delta_prepare  # noqa: E402
 import test_kernel_delta_step  # noqa: E402
 import test_kernel_embed  # noqa: E402
+import test_kernel_gate_up  # noqa: E402
 import test_kernel_gated_delta  # noqa: E402
 import test_kernel_top_k  # noqa: E402
 from kernel_checks import Needed, executed  # noqa: E402
@@ -32,6 +33,7 @@ MODULES = (
     test_kernel_delta_prepare,
     test_kernel_gated_delta,
     test_kernel_attention_prepare,
+    test_kernel_gate_up,
     moe_kernels,
     test_kernel_top_k,
 )

@@ -18,7 +18,7 @@
 //           Rows bytes of threadgroup memory, one barrier
 // traffic:  the rows of each expert that was chosen, once; h from the cache for every Rows
 // checked:  executed on the CPU only
-// with:     loads moe_products
+// with:     loads products
 
 // body
   threadgroup float partial[Simdgroups][N * Rows];

@@ -16,28 +16,7 @@
 //           barrier
 // traffic:  the rows of each expert that was chosen, once; x from the cache for every four rows
 // checked:  executed on the CPU only
-// with:     loads moe_products
-
-// Two neighbouring elements of one expert's h for M tokens: token t's x starts at from[t], its h at
-// to[t]. GateUp is a Matrix.
-template <int Inner, int M, typename GateUp, typename T>
-inline void two_elements(GateUp matrix, uint row, const device T* x, thread const uint (&from)[M],
-                         device T* h, thread const uint (&to)[M], uint lane) {
-  const uint rows[4] = {row, row + 1, row + Inner, row + Inner + 1};
-  float sums[M][4] = {};
-  float ones[M];
-#pragma unroll
-  for (int t = 0; t < M; ++t) ones[t] = 1.0f;
-  add_products(matrix, rows, x, from, ones, lane, sums);
-#pragma unroll
-  for (int t = 0; t < M; ++t) {
-    if (M > 1 && from[t] == ABSENT) continue;
-    const float2 gate = float2(simd_sum(sums[t][0]), simd_sum(sums[t][1]));
-    const float2 up = float2(simd_sum(sums[t][2]), simd_sum(sums[t][3]));
-    const float2 both = gate / (1.0f + exp(-gate)) * up;
-    if (lane < 2) h[to[t] + row + lane] = T(lane == 0 ? both.x : both.y);
-  }
-}
+// with:     loads products swiglu_products
 
 // body
   const uint lane = thread_index_in_simdgroup;

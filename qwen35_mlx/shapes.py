@@ -20,7 +20,7 @@ class Shapes:
 
     dtype: of activations. pairs: of dims that rotate. embedding: how its rows are packed. experts:
     of each layer of a mixture how gate_up, down and the shared expert's two are packed, without
-    repetitions.
+    repetitions. gate_up: the same of the dense layers' joined matrix of 2 dense_inner rows.
     """
 
     dtype: str
@@ -42,27 +42,29 @@ class Shapes:
     shared_inner: int
     embedding: Format | None
     experts: tuple[Experts, ...]
+    dense_inner: int
+    gate_up: tuple[Format | None, ...]
 
 
 def shapes_of(given: config.Config, formats: Formats, dtype: mx.Dtype) -> Shapes:
     """The shapes of a model. formats: how its matrices are packed, by path of the module."""
     text, body = given.text, "model.language_model"
-    layers = [f"{body}.layers.{n}" for n in range(text.num_hidden_layers)]
-    layers += ["mtp.layers.0"] if "mtp.layers.0.mlp.gate" in formats else []
-    experts: dict[Experts, None] = {}  # in the order of the layers
-    for layer in layers if text.num_experts else ():
-        of = [
-            formats.get(f"{layer}.mlp.{name}")
-            for name in (
-                "experts.gate_up_proj",
-                "experts.down_proj",
-                "shared_expert.gate_proj",
-                "shared_expert.up_proj",
-                "shared_expert.down_proj",
-            )
-        ]
-        if of[2] == of[3]:  # else the shared expert is no expert like the others
-            experts[of[0], of[1], of[2], of[4]] = None
+    layers = [f"{body}.layers.{n}.mlp" for n in range(text.num_hidden_layers)]
+    layers += ["mtp.layers.0.mlp"] if any(path.startswith("mtp.") for path in formats) else []
+    # In the order of the layers. Where gate and up differ they are not one matrix.
+    experts: dict[Experts, None] = {}
+    gate_up: dict[Format | None, None] = {}
+    for layer in layers:
+        mlp = f"{layer}.shared_expert" if text.num_experts else layer
+        gate, up, down = (formats.get(f"{mlp}.{name}_proj") for name in ("gate", "up", "down"))
+        if gate != up:
+            continue
+        if text.num_experts:
+            of = f"{layer}.experts"
+            routed = formats.get(f"{of}.gate_up_proj"), formats.get(f"{of}.down_proj")
+            experts[*routed, gate, down] = None
+        else:
+            gate_up[gate] = None
     return Shapes(
         dtype=next(name for name, known in DTYPES.items() if known == dtype),
         vocab=text.vocab_size,
@@ -83,6 +85,8 @@ def shapes_of(given: config.Config, formats: Formats, dtype: mx.Dtype) -> Shapes
         shared_inner=text.shared_expert_intermediate_size,
         embedding=formats.get(f"{body}.embed_tokens"),
         experts=tuple(experts),
+        dense_inner=text.intermediate_size,
+        gate_up=tuple(gate_up),
     )
 
 
@@ -95,4 +99,5 @@ def from_plain(values: Mapping[str, Any]) -> Shapes:
     known = {field.name: values[field.name] for field in fields(Shapes)}
     known["embedding"] = packing(known["embedding"])
     known["experts"] = tuple(tuple(map(packing, four)) for four in known["experts"])
+    known["gate_up"] = tuple(map(packing, known["gate_up"]))
     return Shapes(**known)

@@ -24,6 +24,7 @@ from .kernels import (
     delta_prepare,
     delta_step,
     embed,
+    gate_up,
     gated_delta,
     moe_combine,
     moe_down,
@@ -31,7 +32,8 @@ from .kernels import (
     moe_route,
     top_k,
 )
-from .kernels.moe import MAX_TOKENS, Packed, by_expert, is_streamable
+from .kernels.moe import by_expert
+from .kernels.packed import MAX_TOKENS, Packed, is_streamable
 from .packing import Format
 from .proof import Plan, Trial
 from .shapes import DTYPES, Shapes, from_plain
@@ -39,7 +41,7 @@ from .shapes import DTYPES, Shapes, from_plain
 PROMPT, SHORT_PROMPT = 300, 100  # on both sides of `delta_prepare.SHORT`
 FEW = 4  # of several tokens at once, those that are timed
 TOP_K = (20, 64)  # what the model cards advise, and the most that the kernel takes
-STACK_BYTES = 128 << 20  # of experts that are drawn: more than the largest cache, of any size
+STACK_BYTES = 128 << 20  # of matrices that are drawn: more than the largest cache, of any size
 
 
 def plans(s: Shapes) -> list[Plan]:
@@ -50,6 +52,9 @@ def plans(s: Shapes) -> list[Plan]:
     found += [_plan(_delta_prepare, _tokens(T), s, T) for T in (SHORT_PROMPT, PROMPT)]
     found.append(_plan(_gated_delta, _tokens(PROMPT), s, PROMPT))
     found += [_plan(_attention_prepare, _tokens(T), s, T) for T in (1, PROMPT)]
+    for packing in s.gate_up:
+        few = range(1, MAX_TOKENS + 1)
+        found += [_plan(_gate_up, _named(N, (packing,)), s, N, packing) for N in few]
     if s.E:
         found += [_plan(_moe_route, _tokens(N), s, N) for N in (1, FEW, PROMPT)]
         for op, part in ((_moe_gate_up, 0), (_moe_down, 1)):
@@ -242,6 +247,25 @@ def _moe_route(s: Shapes, N: int) -> Trial | None:
     gate = draw.normal(s.hidden, scale=s.hidden**-0.5, dtype=mx.float32)
     given = (logits, s.K, x, gate)
     return _trial(moe_route, [given]) if moe_route.fits(*given) else None
+
+
+@lru_cache(maxsize=1)
+def _layers(s: Shapes, packing: Format | None) -> list[Packed]:
+    """The matrices of some layers, enough that they lie in no cache; kept as `_stacks` are."""
+    draw = Draw(s, f"gate_up {packing}")
+    bits = 8 * draw.dtype.size if packing is None else packing.bits
+    count = STACK_BYTES // (2 * s.dense_inner * s.hidden * bits // 8)
+    layers = range(max(1, min(count, 32)))
+    return [draw.matrices(2 * s.dense_inner, s.hidden, packing=packing) for _ in layers]
+
+
+def _gate_up(s: Shapes, N: int, packing: Format | None) -> Trial | None:
+    if packing and packing.mode != "affine":
+        return None
+    x, layers = Draw(s, f"gate_up {N}").normal(1, N, s.hidden), _layers(s, packing)
+    if not gate_up.fits(x, layers[0]):
+        return None
+    return _trial(gate_up, [(x, layer) for layer in layers], is_timed=N in (1, FEW))
 
 
 Pair = tuple[Format | None, Format | None]  # of the routed experts and of the shared one

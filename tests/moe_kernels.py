@@ -10,21 +10,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_checks import FEW_RUNS, ROUNDING, Needed, as_float64, executed, mlx_array, silu, using
-from metal_cpu import BufferTraffic, Launch
-from qwen35_mlx.kernels.moe import Packed, by_expert
+from kernel_checks import FEW_RUNS, Needed, as_float64, executed, mlx_array, silu, using
+from matrices import FOUR_BITS, draw_packed, label, unpacked
+from metal_cpu import Launch
+from qwen35_mlx.kernels.moe import by_expert
 from qwen35_mlx.kernels.moe_combine import moe_combine
 from qwen35_mlx.kernels.moe_down import moe_down
 from qwen35_mlx.kernels.moe_gate_up import moe_gate_up
 from qwen35_mlx.kernels.moe_route import moe_route
+from qwen35_mlx.kernels.packed import Packed
 from qwen35_mlx.packing import Format
 
 KERNELS = ("moe_route", "moe_gate_up", "moe_down", "moe_combine")
-STREAMED = tuple(
-    shared + name for shared in ("", "shared_") for name in ("weight", "scales", "biases")
-)
-# Of sums of a few hundred to a few thousand f32 terms, beside the root mean square of the output.
-F32_ERROR = 1e-5
 
 
 @contextmanager
@@ -43,70 +40,6 @@ WAYS = pytest.mark.parametrize(
 
 def way(run: dict[str, Any] | None) -> AbstractContextManager[list[Launch] | None]:
     return nullcontext() if run is None else launched(**run)
-
-
-def streamed(launch: Launch) -> tuple[int, int]:
-    """Of the matrices: bytes read, and bytes of the 64-byte lines fetched."""
-    read = [launch.buffers[name].read for name in STREAMED]
-    return sum(r.unique for r in read), sum(r.lines for r in read)
-
-
-def is_whole(buffer: BufferTraffic) -> bool:
-    """Whether every byte was touched."""
-    return bool(buffer.touched.all())
-
-
-def excess(found: mx.array, wanted: np.ndarray) -> float:
-    """The largest error beyond one rounding, beside the root mean square of `wanted`."""
-    error = np.abs(as_float64(found) - wanted) - ROUNDING[found.dtype] * np.abs(wanted)
-    return float(np.max(error) / np.sqrt(np.mean(wanted**2)))
-
-
-def unpacked(matrix: Packed, at: int | None = None) -> np.ndarray:
-    """One matrix `[out, in]` in float64, the `at`-th where there are several."""
-    packing = matrix.packing
-    if packing is None:
-        return as_float64(matrix.weight if at is None else matrix.weight[at])
-    assert matrix.scales is not None and matrix.biases is not None
-    parts = [as_float64(a if at is None else a[at]) for a in (matrix.scales, matrix.biases)]
-    words = np.array(matrix.weight if at is None else matrix.weight[at])
-    places = np.arange(0, 32, packing.bits, dtype=np.uint32)
-    q = (words[..., None] >> places) & np.uint32(2**packing.bits - 1)
-    scale, bias = (np.repeat(p, packing.group_size, axis=-1) for p in parts)
-    return q.reshape(words.shape[0], -1) * scale + bias
-
-
-def draw_packed(
-    draw: np.random.Generator, shape: tuple[int, ...], packing: Format | None, kind: mx.Dtype
-) -> Packed:
-    """Random matrices of `shape` `[..., in]`; scales and biases, or plain ones, of type `kind`."""
-    if packing is None:
-        return Packed(mlx_array(draw.standard_normal(shape, np.float32), kind))
-    if packing.mode != "affine":
-        values = mlx_array(draw.normal(size=shape))
-        parts = mx.quantize(values, packing.group_size, packing.bits, packing.mode)
-        return Packed(parts[0], parts[1], None, packing)
-    words = (*shape[:-1], shape[-1] * packing.bits // 32)
-    groups = (*shape[:-1], shape[-1] // packing.group_size)
-    span = 2.0**packing.bits
-    scales = draw.uniform(0.2, 1.0, groups).astype(np.float32) / np.float32(span)
-    scales *= draw.choice(np.array([-1, 1], np.float32), groups)
-    biases = -scales * np.float32(span / 2) * draw.uniform(0.8, 1.2, groups).astype(np.float32)
-    return Packed(
-        mx.array(draw.integers(0, 2**32, words, dtype=np.uint32)),
-        mlx_array(scales, kind),
-        mlx_array(biases, kind),
-        packing,
-    )
-
-
-def label(packing: Format | None) -> str:
-    return f"{packing.bits}b/{packing.group_size}" if packing else "plain"
-
-
-def part_of_name(value: object) -> str:
-    """An argument in the name of a test."""
-    return label(value) if value is None or isinstance(value, Format) else str(value)
 
 
 @dataclass(frozen=True)
@@ -231,9 +164,6 @@ SIZES = {
     "122B-A10B": (8, 3072, 1024),
     "397B-A17B": (10, 4096, 1024),
 }
-
-
-FOUR_BITS = Format("affine", 4, 64)
 
 
 def true_width(name: str, N: int, packing: Format | None = FOUR_BITS) -> Case:

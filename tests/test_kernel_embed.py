@@ -21,10 +21,10 @@ from kernel_checks import (
     touched,
     using,
 )
+from matrices import draw_packed
 from metal_cpu import Launch
-from moe_kernels import draw_packed
 from qwen35_mlx.kernels.embed import embed, launch, reference
-from qwen35_mlx.kernels.moe import Packed
+from qwen35_mlx.kernels.packed import Packed
 from qwen35_mlx.packing import AFFINE_BITS, AFFINE_GROUPS, Format
 
 ROUNDED = ROUNDING | {mx.float32: 2.0**-23}  # f32 rounds scale * q + bias once or twice

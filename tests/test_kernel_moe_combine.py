@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kernel_checks import as_float64, takes_the_reference
-from moe_kernels import F32_ERROR, WAYS, combine_data, excess, is_whole, way
+from matrices import F32_ERROR, excess, is_whole
+from moe_kernels import WAYS, combine_data, way
 from qwen35_mlx.kernels.moe_combine import moe_combine
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16

@@ -8,22 +8,18 @@ import numpy as np
 import pytest
 
 from kernel_checks import FEW_RUNS, TYPES, relative_error, takes_the_reference
-from metal_cpu import Launch
-from moe_kernels import (
+from matrices import (
     F32_ERROR,
     FOUR_BITS,
-    TRUE_WIDTHS,
-    Case,
-    Data,
     draw_packed,
     excess,
     is_whole,
-    launched,
     part_of_name,
     streamed,
-    true_width,
     unpacked,
 )
+from metal_cpu import Launch
+from moe_kernels import TRUE_WIDTHS, Case, Data, launched, true_width
 from qwen35_mlx.packing import Format
 
 F32, F16, BF16 = TYPES.values()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kernel_checks import as_float64, takes_the_reference
-from moe_kernels import WAYS, is_whole, launched, route_data, way
+from matrices import is_whole
+from moe_kernels import WAYS, launched, route_data, way
 from qwen35_mlx.kernels.moe_route import moe_route
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16

@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx.kernels.moe import MAX_TOKENS, by_expert, grouped_matmul, route
+from qwen35_mlx.kernels.moe import by_expert, grouped_matmul, route
+from qwen35_mlx.kernels.packed import MAX_TOKENS
 from qwen35_mlx.layers.moe import GroupedLinear
 from qwen35_mlx.packing import Format
 

@@ -22,7 +22,7 @@ from qwen35_mlx.model import Model
 from qwen35_mlx.packing import Format
 from qwen35_mlx.sampling import Sampler, Sampling
 from qwen35_mlx.shapes import Shapes, from_plain, shapes_of
-from test_kernels_together import DENSE, KERNELS
+from test_kernels_together import DENSE, KERNELS, MIXTURE
 from tiny_shapes import CONFIGS
 
 TRIED = KERNELS - {"top_k_blocks"}  # launched with top_k, and tried with it
@@ -101,7 +101,7 @@ def test_every_text_that_a_model_launches_was_tried(
     model, shapes = asked_at_load(lambda: load(folder, dtype=dtype), monkeypatch)
     used = launched(model)
     plain = {"embed"} if packing["bits"] == 16 else set()
-    assert {launch.name for launch in used} == (KERNELS if name == "moe" else DENSE) - plain
+    assert {launch.name for launch in used} == (MIXTURE if name == "moe" else DENSE) - plain
     found = {launch.text for launch in tried(shapes)}
     assert not Counter(launch.name for launch in used if launch.text not in found)
 
@@ -117,7 +117,7 @@ def test_every_kernel_is_right_in_every_trial(
     given = config.parse(CONFIGS[name], name)
     modules = Model(given, has_vision=False, has_mtp=False).named_modules()
     formats = {path: packing for path, _ in modules}
-    expected = TRIED & (KERNELS if name == "moe" else DENSE) - (set() if packing else {"embed"})
+    expected = TRIED & (MIXTURE if name == "moe" else DENSE) - (set() if packing else {"embed"})
     for dtype in (mx.bfloat16, mx.float16, mx.float32):
         with emulated(checked=False):
             found = [proof.examine(plan) for plan in trials.plans(shapes_of(given, formats, dtype))]
@@ -133,7 +133,7 @@ def test_all_sizes_have_their_trials(size: family.Size) -> None:
     shapes = size_shapes(size)
     plans = trials.plans(shapes)
     names = [plan.kernel for plan in plans]
-    assert set(names) == TRIED & (KERNELS if size.num_experts else DENSE)
+    assert set(names) == TRIED & (MIXTURE if size.num_experts else DENSE)
     # Those of one kernel lie together, so that one that hangs is left out as a whole.
     assert [n for i, n in enumerate(names) if n not in names[:i]] == [
         n for i, n in enumerate(names) if i == 0 or names[i - 1] != n

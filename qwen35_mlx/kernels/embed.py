@@ -3,12 +3,11 @@
 import mlx.core as mx
 
 from . import library
-from .moe import Packed
+from .packed import PLAIN, Packed
 
 _VALUES = 8  # that a thread unpacks: in every packing they are whole bytes of at most two words
 # Few, so that one token's row keeps more than one core busy.
 _THREADS = 64
-_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def embed(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:
@@ -29,7 +28,7 @@ def embed(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:
 def fits(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> bool:
     """Whether the kernel serves these types and this format."""
     is_affine = matrix.packing is not None and matrix.packing.mode == "affine"
-    return is_affine and tokens.dtype == mx.uint32 and dtype in _DTYPES
+    return is_affine and tokens.dtype == mx.uint32 and dtype in PLAIN
 
 
 def reference(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:

@@ -3,7 +3,16 @@
 import mlx.core as mx
 
 from . import library
-from .moe import Packed, buffers, grouped_matmul, is_streamable, layout, matmul, words_at_once
+from .moe import grouped_matmul
+from .packed import (
+    MAX_TOKENS,
+    Packed,
+    buffers,
+    is_streamable,
+    layout,
+    matmul,
+    words_at_once,
+)
 
 # At most so many of a threadgroup; K + 1 where that is less, one for each matrix of one token.
 _SIMDGROUPS = 12
@@ -50,7 +59,7 @@ def fits(
 ) -> bool:
     """Whether the kernel serves so many tokens and these formats."""
     return (
-        h.shape[0] <= 8
+        h.shape[0] <= MAX_TOKENS
         and experts.shape[1] <= 32
         and weights.dtype == shared.dtype == mx.float32
         and is_streamable(down, 4)

@@ -4,7 +4,8 @@ import mlx.core as mx
 
 from . import library
 from .fused import swiglu
-from .moe import Packed, buffers, grouped_matmul, is_streamable, layout, matmul
+from .moe import grouped_matmul
+from .packed import MAX_TOKENS, Packed, buffers, is_streamable, layout, matmul
 
 # Of a threadgroup. They share nothing: few, so that a group whose expert is another's ends early.
 _SIMDGROUPS = 4
@@ -31,7 +32,7 @@ def moe_gate_up(
 def fits(x: mx.array, experts: mx.array, gate_up: Packed, shared_gate_up: Packed) -> bool:
     """Whether the kernel serves so many tokens and these formats."""
     return (
-        x.shape[0] <= 8
+        x.shape[0] <= MAX_TOKENS
         and experts.shape[1] <= 32
         # Two rows of gate and two of up at once.
         and is_streamable(gate_up, 4)

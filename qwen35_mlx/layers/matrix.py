@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels.moe import Packed
+from ..kernels.packed import Packed
 from ..packing import Format
 
 

@@ -4,7 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.fused import swiglu_of
-from .joined import joined
+from ..kernels.gate_up import gate_up
+from .joined import SideBySide, joined
+from .matrix import matrix
 
 
 class MLP(nn.Module):
@@ -21,4 +23,6 @@ class MLP(nn.Module):
         self.gate_up = joined(self, "gate_proj", "up_proj")
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu_of(self.gate_up(x)))
+        if isinstance(self.gate_up, SideBySide):
+            return self.down_proj(swiglu_of(self.gate_up(x)))
+        return self.down_proj(gate_up(x, matrix(self.gate_up)))

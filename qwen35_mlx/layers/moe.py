@@ -5,11 +5,12 @@ import mlx.nn as nn
 
 from ..config import TextConfig
 from ..kernels.fused import swiglu_of
-from ..kernels.moe import MAX_TOKENS, Packed, by_expert, grouped_matmul
+from ..kernels.moe import by_expert, grouped_matmul
 from ..kernels.moe_combine import moe_combine
 from ..kernels.moe_down import moe_down
 from ..kernels.moe_gate_up import moe_gate_up
 from ..kernels.moe_route import moe_route
+from ..kernels.packed import MAX_TOKENS, Packed
 from ..packing import Format
 from .joined import SideBySide
 from .matrix import matrix, plain

@@ -1,4 +1,4 @@
-// Products of rows of an expert's matrix with rows of x. The matrix is packed, w = scale * q + bias
+// Products of rows of a matrix with rows of x. The matrix is packed, w = scale * q + bias
 // with one scale and bias per Group columns, or plain: then Bits is that of its type, and scales
 // and biases are not read. Needs loads.metal.
 
