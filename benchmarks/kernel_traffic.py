@@ -19,8 +19,8 @@ import test_kernel_attention_prepare  # noqa: E402
 import test_kernel_delta_prepare  # noqa: E402
 import test_kernel_delta_step  # noqa: E402
 import test_kernel_embed  # noqa: E402
-import test_kernel_gate_up  # noqa: E402
 import test_kernel_gated_delta  # noqa: E402
+import test_kernel_products  # noqa: E402
 import test_kernel_top_k  # noqa: E402
 from kernel_checks import Needed, executed  # noqa: E402
 from metal_cpu import Launch  # noqa: E402
@@ -33,7 +33,7 @@ MODULES = (
     test_kernel_delta_prepare,
     test_kernel_gated_delta,
     test_kernel_attention_prepare,
-    test_kernel_gate_up,
+    test_kernel_products,
     moe_kernels,
     test_kernel_top_k,
 )

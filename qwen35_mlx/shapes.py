@@ -11,6 +11,7 @@ from .packing import Format
 
 DTYPES: dict[str, mx.Dtype] = {name: getattr(mx, name) for name in config.DTYPES}
 Formats = Mapping[str, Format | None]
+Pair = tuple[Format | None, Format | None]
 Experts = tuple[Format | None, Format | None, Format | None, Format | None]
 
 
@@ -18,9 +19,10 @@ Experts = tuple[Format | None, Format | None, Format | None, Format | None]
 class Shapes:
     """What the text of a model's kernels depends on, in plain values.
 
-    dtype: of activations. pairs: of dims that rotate. embedding: how its rows are packed. experts:
-    of each layer of a mixture how gate_up, down and the shared expert's two are packed, without
-    repetitions. gate_up: the same of the dense layers' joined matrix of 2 dense_inner rows.
+    dtype: of activations. pairs: of dims that rotate. embedding: how its rows are packed. The rest
+    says how joined matrices are packed, of all layers, without repetitions. projections: qkvz and
+    ba of the delta nets; experts: of a mixture gate_up, down and the shared expert's two; gate_up:
+    of dense layers, 2 dense_inner rows.
     """
 
     dtype: str
@@ -41,6 +43,7 @@ class Shapes:
     inner: int
     shared_inner: int
     embedding: Format | None
+    projections: tuple[Pair, ...]
     experts: tuple[Experts, ...]
     dense_inner: int
     gate_up: tuple[Format | None, ...]
@@ -49,20 +52,25 @@ class Shapes:
 def shapes_of(given: config.Config, formats: Formats, dtype: mx.Dtype) -> Shapes:
     """The shapes of a model. formats: how its matrices are packed, by path of the module."""
     text, body = given.text, "model.language_model"
-    layers = [f"{body}.layers.{n}.mlp" for n in range(text.num_hidden_layers)]
-    layers += ["mtp.layers.0.mlp"] if any(path.startswith("mtp.") for path in formats) else []
-    # In the order of the layers. Where gate and up differ they are not one matrix.
+    layers = [f"{body}.layers.{n}" for n in range(text.num_hidden_layers)]
+    # In the order of the layers. What is packed differently is not joined.
+    projections: dict[Pair, None] = {}
+    for layer, is_full in zip(layers, text.is_full_attention, strict=True):
+        names = ("qkv", "z", "b", "a")
+        of = [formats.get(f"{layer}.linear_attn.in_proj_{name}") for name in names]
+        if not is_full and of[0] == of[1] and of[2] == of[3]:
+            projections[of[0], of[2]] = None
+    layers += ["mtp.layers.0"] if any(path.startswith("mtp.") for path in formats) else []
     experts: dict[Experts, None] = {}
     gate_up: dict[Format | None, None] = {}
-    for layer in layers:
-        mlp = f"{layer}.shared_expert" if text.num_experts else layer
-        gate, up, down = (formats.get(f"{mlp}.{name}_proj") for name in ("gate", "up", "down"))
+    for mlp in (f"{layer}.mlp" for layer in layers):
+        one = f"{mlp}.shared_expert" if text.num_experts else mlp
+        gate, up, down = (formats.get(f"{one}.{name}_proj") for name in ("gate", "up", "down"))
         if gate != up:
             continue
         if text.num_experts:
-            of = f"{layer}.experts"
-            routed = formats.get(f"{of}.gate_up_proj"), formats.get(f"{of}.down_proj")
-            experts[*routed, gate, down] = None
+            of = [formats.get(f"{mlp}.experts.{name}_proj") for name in ("gate_up", "down")]
+            experts[of[0], of[1], gate, down] = None
         else:
             gate_up[gate] = None
     return Shapes(
@@ -84,6 +92,7 @@ def shapes_of(given: config.Config, formats: Formats, dtype: mx.Dtype) -> Shapes
         inner=text.moe_intermediate_size,
         shared_inner=text.shared_expert_intermediate_size,
         embedding=formats.get(f"{body}.embed_tokens"),
+        projections=tuple(projections),
         experts=tuple(experts),
         dense_inner=text.intermediate_size,
         gate_up=tuple(gate_up),
@@ -98,6 +107,7 @@ def from_plain(values: Mapping[str, Any]) -> Shapes:
 
     known = {field.name: values[field.name] for field in fields(Shapes)}
     known["embedding"] = packing(known["embedding"])
-    known["experts"] = tuple(tuple(map(packing, four)) for four in known["experts"])
+    for name in ("projections", "experts"):
+        known[name] = tuple(tuple(map(packing, several)) for several in known[name])
     known["gate_up"] = tuple(map(packing, known["gate_up"]))
     return Shapes(**known)

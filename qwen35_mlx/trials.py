@@ -22,6 +22,7 @@ from .kernels import (
     add_norm,
     attention_prepare,
     delta_prepare,
+    delta_project,
     delta_step,
     embed,
     gate_up,
@@ -36,7 +37,7 @@ from .kernels.moe import by_expert
 from .kernels.packed import MAX_TOKENS, Packed, is_streamable
 from .packing import Format
 from .proof import Plan, Trial
-from .shapes import DTYPES, Shapes, from_plain
+from .shapes import DTYPES, Pair, Shapes, from_plain
 
 PROMPT, SHORT_PROMPT = 300, 100  # on both sides of `delta_prepare.SHORT`
 FEW = 4  # of several tokens at once, those that are timed
@@ -48,18 +49,20 @@ def plans(s: Shapes) -> list[Plan]:
     """The trials of a model, those of one kernel next to each other."""
     found = [_plan(_embed, _tokens(T), s, T) for T in (1, PROMPT)]
     found += [_plan(_add_norm, _tokens(T), s, T) for T in (1, PROMPT)]
+    few = range(1, MAX_TOKENS + 1)
+    for pair in s.projections:
+        found += [_plan(_delta_project, _named(N, pair), s, N, pair) for N in few]
     found += [_plan(_delta_step, _tokens(T), s, T) for T in (1, FEW)]
     found += [_plan(_delta_prepare, _tokens(T), s, T) for T in (SHORT_PROMPT, PROMPT)]
     found.append(_plan(_gated_delta, _tokens(PROMPT), s, PROMPT))
     found += [_plan(_attention_prepare, _tokens(T), s, T) for T in (1, PROMPT)]
     for packing in s.gate_up:
-        few = range(1, MAX_TOKENS + 1)
         found += [_plan(_gate_up, _named(N, (packing,)), s, N, packing) for N in few]
     if s.E:
         found += [_plan(_moe_route, _tokens(N), s, N) for N in (1, FEW, PROMPT)]
         for op, part in ((_moe_gate_up, 0), (_moe_down, 1)):
             for pair in dict.fromkeys((four[part], four[part + 2]) for four in s.experts):
-                found += [_plan(op, _named(N, pair), s, N, pair) for N in range(1, MAX_TOKENS + 1)]
+                found += [_plan(op, _named(N, pair), s, N, pair) for N in few]
         found.append(_plan(_moe_combine, _tokens(PROMPT), s, PROMPT))
     # A penalty makes the logits f32.
     for dtype in dict.fromkeys((s.dtype, "float32")):
@@ -250,25 +253,40 @@ def _moe_route(s: Shapes, N: int) -> Trial | None:
 
 
 @lru_cache(maxsize=1)
-def _layers(s: Shapes, packing: Format | None) -> list[Packed]:
-    """The matrices of some layers, enough that they lie in no cache; kept as `_stacks` are."""
-    draw = Draw(s, f"gate_up {packing}")
-    bits = 8 * draw.dtype.size if packing is None else packing.bits
-    count = STACK_BYTES // (2 * s.dense_inner * s.hidden * bits // 8)
-    layers = range(max(1, min(count, 32)))
-    return [draw.matrices(2 * s.dense_inner, s.hidden, packing=packing) for _ in layers]
+def _layers(
+    s: Shapes, widths: tuple[int, ...], packings: tuple[Format | None, ...]
+) -> list[tuple[Packed, ...]]:
+    """Matrices `[width, hidden]` of some layers, enough that they lie in no cache; kept as above.
+
+    One of each layer for each of `widths`. None where one is in a float format.
+    """
+    if any(packing and packing.mode != "affine" for packing in packings):
+        return []
+    draw, each = Draw(s, f"{widths} {packings}"), list(zip(widths, packings, strict=True))
+    bits = 8 * draw.dtype.size if packings[0] is None else packings[0].bits
+    count = max(1, min(32, STACK_BYTES // (widths[0] * s.hidden * bits // 8)))
+    return [
+        tuple(draw.matrices(width, s.hidden, packing=packing) for width, packing in each)
+        for _ in range(count)
+    ]
+
+
+def _of_layers(
+    module: ModuleType, s: Shapes, N: int, layers: list[tuple[Packed, ...]]
+) -> Trial | None:
+    x = Draw(s, f"{N}").normal(1, N, s.hidden)
+    if not layers or not module.fits(x, *layers[0]):
+        return None
+    return _trial(module, [(x, *matrices) for matrices in layers], is_timed=N in (1, FEW))
+
+
+def _delta_project(s: Shapes, N: int, pair: Pair) -> Trial | None:
+    widths = 2 * (s.k_heads * s.k_dim + s.v_heads * s.v_dim), 2 * s.v_heads
+    return _of_layers(delta_project, s, N, _layers(s, widths, pair))
 
 
 def _gate_up(s: Shapes, N: int, packing: Format | None) -> Trial | None:
-    if packing and packing.mode != "affine":
-        return None
-    x, layers = Draw(s, f"gate_up {N}").normal(1, N, s.hidden), _layers(s, packing)
-    if not gate_up.fits(x, layers[0]):
-        return None
-    return _trial(gate_up, [(x, layer) for layer in layers], is_timed=N in (1, FEW))
-
-
-Pair = tuple[Format | None, Format | None]  # of the routed experts and of the shared one
+    return _of_layers(gate_up, s, N, _layers(s, (2 * s.dense_inner,), (packing,)))
 
 
 @lru_cache(maxsize=1)

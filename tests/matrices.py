@@ -9,8 +9,9 @@ from qwen35_mlx.kernels.packed import Packed
 from qwen35_mlx.packing import Format
 
 FOUR_BITS = Format("affine", 4, 64)
+# The buffers that hold matrices.
 STREAMED = tuple(
-    shared + name for shared in ("", "shared_") for name in ("weight", "scales", "biases")
+    which + name for which in ("", "shared_", "ba_") for name in ("weight", "scales", "biases")
 )
 # Of sums of a few hundred to a few thousand f32 terms, beside the root mean square of the output.
 F32_ERROR = 1e-5
@@ -20,6 +21,11 @@ def streamed(launch: Launch) -> tuple[int, int]:
     """Of the matrices: bytes read, and bytes of the 64-byte lines fetched."""
     read = [launch.buffers[name].read for name in STREAMED if name in launch.buffers]
     return sum(r.unique for r in read), sum(r.lines for r in read)
+
+
+def nbytes(matrix: Packed) -> int:
+    """Of a matrix, its scales and biases."""
+    return sum(array.nbytes for array in matrix[:3] if array is not None)
 
 
 def is_whole(buffer: BufferTraffic) -> bool:

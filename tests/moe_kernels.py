@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kernel_checks import FEW_RUNS, Needed, as_float64, executed, mlx_array, silu, using
-from matrices import FOUR_BITS, draw_packed, label, unpacked
+from matrices import FOUR_BITS, draw_packed, label, nbytes, unpacked
 from metal_cpu import Launch
 from qwen35_mlx.kernels.moe import by_expert
 from qwen35_mlx.kernels.moe_combine import moe_combine
@@ -132,8 +132,7 @@ class Data:
     def streamed_bytes(self, matrix: Packed, shared: Packed) -> int:
         """Bytes of the matrices that the tokens need, each once."""
         experts = len(self.chosen())
-        one = sum(a.nbytes // a.shape[0] for a in matrix[:3] if a is not None)
-        return experts * one + sum(a.nbytes for a in shared[:3] if a is not None)
+        return experts * nbytes(matrix) // matrix.weight.shape[0] + nbytes(shared)
 
 
 def route_data(

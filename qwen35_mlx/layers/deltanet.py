@@ -6,9 +6,11 @@ import mlx.nn as nn
 from ..cache import DeltaState
 from ..config import TextConfig
 from ..kernels.delta_prepare import delta_prepare
+from ..kernels.delta_project import delta_project
 from ..kernels.delta_step import MAX_TOKENS, delta_step, gated_norm
 from ..kernels.gated_delta import gated_delta
-from .joined import joined
+from .joined import SideBySide, joined
+from .matrix import matrix
 
 
 class Scale(nn.Module):
@@ -49,10 +51,16 @@ class GatedDeltaNet(nn.Module):
 
     def __call__(self, x: mx.array, state: DeltaState) -> mx.array:
         """x: `[B, T, hidden]`; `state` moves on by T tokens."""
-        y = self._mixed(self.qkvz(x), self.ba(x), state)
+        y = self._mixed(*self._projected(x), state)
         # Nothing else waits for the states: left for last, each would hold its layer's chunk.
         y = mx.depends([y], state.arrays())[0]
         return self.out_proj(y)
+
+    def _projected(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """`[B, T, q | k | v | z]` and `[B, T, b | a]`."""
+        if isinstance(self.qkvz, SideBySide) or isinstance(self.ba, SideBySide):
+            return self.qkvz(x), self.ba(x)
+        return delta_project(x, matrix(self.qkvz), matrix(self.ba))
 
     def _mixed(self, qkvz: mx.array, ba: mx.array, state: DeltaState) -> mx.array:
         """All between the projections, in one launch for few tokens: `[B, T, Hv Dv]`."""
