@@ -256,9 +256,9 @@ def _moe_route(s: Shapes, N: int) -> Trial | None:
 def _layers(
     s: Shapes, widths: tuple[int, ...], packings: tuple[Format | None, ...]
 ) -> list[tuple[Packed, ...]]:
-    """Matrices `[width, hidden]` of some layers, enough that they lie in no cache; kept as above.
+    """Of some layers a matrix `[width, hidden]` for each of `widths`; none in a float format.
 
-    One of each layer for each of `widths`. None where one is in a float format.
+    So many that they lie in no cache. Kept for the next number of tokens.
     """
     if any(packing and packing.mode != "affine" for packing in packings):
         return []
@@ -274,7 +274,8 @@ def _layers(
 def _of_layers(
     module: ModuleType, s: Shapes, N: int, layers: list[tuple[Packed, ...]]
 ) -> Trial | None:
-    x = Draw(s, f"{N}").normal(1, N, s.hidden)
+    """N rows times the matrices of one layer after the other."""
+    x = Draw(s, f"{module.__name__} {N}").normal(1, N, s.hidden)
     if not layers or not module.fits(x, *layers[0]):
         return None
     return _trial(module, [(x, *matrices) for matrices in layers], is_timed=N in (1, FEW))

@@ -199,6 +199,28 @@ def test_layers_that_are_packed_differently_are_all_tried() -> None:
     assert routed == [Format("affine", bits, 64) if bits else None for bits in (4, 8, 0, 6)]
 
 
+def test_dense_layers_that_are_packed_differently_are_all_tried_as_far_as_they_are_joined() -> None:
+    size = family.find("9b")
+    assert size is not None
+    layers = {n: f"model.language_model.layers.{n}" for n in range(4)}  # of these 3 is attention
+
+    def packed(bits: int) -> Format:
+        return Format("affine", bits, 64)
+
+    formats: dict[str, Format | None] = {f"{layers[0]}.linear_attn.in_proj_b": packed(8)}
+    for name in ("qkv", "z", "b", "a"):
+        formats[f"{layers[1]}.linear_attn.in_proj_{name}"] = packed(4)
+        formats[f"{layers[2]}.linear_attn.in_proj_{name}"] = packed(4 if name == "z" else 8)
+        formats[f"{layers[3]}.linear_attn.in_proj_{name}"] = packed(6)
+    for layer, gate, up in ((layers[0], 4, 4), (layers[2], 4, 8), ("mtp.layers.0", 8, 8)):
+        formats[f"{layer}.mlp.gate_proj"] = packed(gate)
+        formats[f"{layer}.mlp.up_proj"] = packed(up)
+    found = shapes_of(published.source(size).config, formats, mx.bfloat16)
+    # Layers that are not named are plain.
+    assert found.projections == ((packed(4), packed(4)), (None, None))
+    assert found.gate_up == (packed(4), None, packed(8))
+
+
 def test_shapes_survive_the_way_to_another_process() -> None:
     for size in family.SIZES:
         shapes = size_shapes(size)
