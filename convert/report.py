@@ -116,7 +116,7 @@ def report(
         note = "No KL divergence: the source is packed as FP8, which the runtime does not run."
         return Report(rows, None, note)
     try:
-        return Report(rows, _divergence(source, out, _tokens(source, text)), "")
+        return Report(rows, _divergence(source, out, tokens_of(source, text)), "")
     except OutOfMemory as error:
         return Report(rows, None, f"No KL divergence: {one_line(error, 1000)}.")
 
@@ -244,11 +244,16 @@ def _as_stored(target: Target, rows: mx.array) -> mx.array:
 # -- predictions -----------------------------------------------------------------------------------
 
 
-def _tokens(source: Path, text: str) -> np.ndarray:
-    """`[T]` int32, T from 2 to 1,024."""
+def tokens_of(source: Path, text: str) -> np.ndarray:
+    """`[T]` int32, T from 2 to 1,024, by the tokenizer of the folder `source`.
+
+    Raises: InputError for a shorter text, ModelError for a tokenizer that cannot be read.
+    """
     tokens = prompt.from_text(text, Tokenizer.read(source)).tokens[:MOST_TOKENS]
     if len(tokens) < 2:
-        raise InputError(f"text: {len(tokens)} token; expected at least two. Give more text.")
+        raise InputError(
+            f"text: {len(tokens)} token of the model; expected at least two. Give more text."
+        )
     return tokens
 
 

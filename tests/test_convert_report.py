@@ -286,7 +286,7 @@ def test_a_long_text_is_cut(demo: dict[int, Path], monkeypatch: pytest.MonkeyPat
 
 
 def test_a_text_of_one_token_is_refused(demo: dict[int, Path]) -> None:
-    with pytest.raises(InputError, match="1 token; expected at least two"):
+    with pytest.raises(InputError, match="1 token of the model; expected at least two"):
         report(DEMO, demo[16], "a")
 
 
