@@ -13,7 +13,8 @@ import numpy as np
 
 REPEATS = 3  # launches that are compared: a race need not show in the first
 ROUNDS = 5
-AT_ONCE_BYTES, AT_ONCE = 128 << 20, 32  # launches timed together, so that waiting does not count
+# Launches timed together, so that waiting does not count: so many, of large ones fewer.
+AT_ONCE, AT_LEAST, AT_ONCE_BYTES = 32, 8, 128 << 20
 # Largest error of an output, as a share of its largest value, beside the reference in f32: that has
 # a GPU's exp and another order too, and an output of 16 bits is rounded up to three times.
 TOLERANCES = {mx.float32: 1e-4, mx.float16: 3 * 2.0**-11, mx.bfloat16: 3 * 2.0**-8}
@@ -153,12 +154,12 @@ def _excess(error: float, tolerance: float) -> float:
 
 def _times(ops: tuple[Op, Op], nbytes: int, clock: Clock) -> tuple[float, float]:
     """Seconds of one call of each op: the median of rounds in which they take turns."""
-    many = max(1, min(AT_ONCE, AT_ONCE_BYTES // max(1, nbytes)))
+    many = min(AT_ONCE, max(AT_LEAST, AT_ONCE_BYTES // max(1, nbytes)))
     rounds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS):
+    for done in range(0, ROUNDS * many, many):  # on through the sets of inputs
         for op, times in zip(ops, rounds, strict=True):
             begin = clock()
-            mx.eval([op(n) for n in range(many)])
+            mx.eval([op(done + n) for n in range(many)])
             times.append((clock() - begin) / many)
     ours, theirs = (sorted(times)[ROUNDS // 2] for times in rounds)
     return ours, theirs

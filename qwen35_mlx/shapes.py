@@ -60,7 +60,8 @@ def shapes_of(given: config.Config, formats: Formats, dtype: mx.Dtype) -> Shapes
         of = [formats.get(f"{layer}.linear_attn.in_proj_{name}") for name in names]
         if not is_full and of[0] == of[1] and of[2] == of[3]:
             projections[of[0], of[2]] = None
-    layers += ["mtp.layers.0"] if any(path.startswith("mtp.") for path in formats) else []
+    if any(path.startswith("mtp.") for path in formats):
+        layers += [f"mtp.layers.{n}" for n in range(text.mtp_num_hidden_layers)]
     experts: dict[Experts, None] = {}
     gate_up: dict[Format | None, None] = {}
     for mlp in (f"{layer}.mlp" for layer in layers):

@@ -34,7 +34,7 @@ from .kernels import (
     top_k,
 )
 from .kernels.moe import by_expert
-from .kernels.packed import MAX_TOKENS, Packed, is_streamable
+from .kernels.packed import MAX_TOKENS, Packed, is_known, is_streamable
 from .packing import Format
 from .proof import Plan, Trial
 from .shapes import DTYPES, Pair, Shapes, from_plain
@@ -42,6 +42,7 @@ from .shapes import DTYPES, Pair, Shapes, from_plain
 PROMPT, SHORT_PROMPT = 300, 100  # on both sides of `delta_prepare.SHORT`
 FEW = 4  # of several tokens at once, those that are timed
 TOP_K = (20, 64)  # what the model cards advise, and the most that the kernel takes
+MOST_LAYERS = 40  # of small ones that are drawn
 STACK_BYTES = 128 << 20  # of matrices that are drawn: more than the largest cache, of any size
 
 
@@ -79,7 +80,7 @@ def _tokens(T: int) -> str:
 
 
 def _named(N: int, packings: Sequence[Format | None]) -> str:
-    bits = ["plain" if packing is None else f"{packing.bits}b" for packing in packings]
+    bits = ["plain" if p is None else f"{p.bits}b/{p.group_size}" for p in packings]
     return f"{_tokens(N)}, {'+'.join(dict.fromkeys(bits))}"
 
 
@@ -108,7 +109,9 @@ class Draw:
         """`[..., out, in]`, plain or affine, whose products with values around 1 are around 1."""
         columns = shape[-1]
         if packing is None:
-            return Packed(self.normal(*shape, scale=columns**-0.5))
+            weight = self.normal(*shape, scale=columns**-0.5)
+            mx.eval(weight)  # else the f32 of all that are drawn would lie in memory at once
+            return Packed(weight)
         words = (*shape[:-1], columns * packing.bits // 32)
         packed = np.frombuffer(self._random.bytes(4 * int(np.prod(words))), np.uint32)
         step = 3.5 * columns**-0.5 / 2**packing.bits
@@ -256,15 +259,15 @@ def _moe_route(s: Shapes, N: int) -> Trial | None:
 def _layers(
     s: Shapes, widths: tuple[int, ...], packings: tuple[Format | None, ...]
 ) -> list[tuple[Packed, ...]]:
-    """Of some layers a matrix `[width, hidden]` for each of `widths`; none in a float format.
+    """Of some layers a matrix `[width, hidden]` for each of `widths`; none where one is not read.
 
     So many that they lie in no cache. Kept for the next number of tokens.
     """
-    if any(packing and packing.mode != "affine" for packing in packings):
+    if not all(map(is_known, packings)):
         return []
     draw, each = Draw(s, f"{widths} {packings}"), list(zip(widths, packings, strict=True))
     bits = 8 * draw.dtype.size if packings[0] is None else packings[0].bits
-    count = max(1, min(32, STACK_BYTES // (widths[0] * s.hidden * bits // 8)))
+    count = max(2, min(MOST_LAYERS, -(-STACK_BYTES // (widths[0] * s.hidden * bits // 8))))
     return [
         tuple(draw.matrices(width, s.hidden, packing=packing) for width, packing in each)
         for _ in range(count)
@@ -298,10 +301,10 @@ def _stacks(
 
     Enough that they lie in no cache. Kept for the next number of tokens.
     """
+    if not all(map(is_known, pair)):
+        return None
     draw = Draw(s, f"{rows} {columns} {pair}")
     routed, one = pair
-    if any(packing and packing.mode != "affine" for packing in pair):
-        return None
     bits = 8 * draw.dtype.size if routed is None else routed.bits
     E = max(s.K, min(s.E, STACK_BYTES // (rows * columns * bits // 8)))
     found = (

@@ -512,19 +512,21 @@ def environment() -> dict[str, str]:
 
 def test_ctrl_c_keeps_finished_files_and_the_same_command_goes_on(run: Run, tmp_path: Path) -> None:
     argv = [str(DEMO), "--shard-size", "1MB", "--out", str(tmp_path / "x")]
-    process = subprocess.Popen(
+    partial = tmp_path / "x.partial"
+    with subprocess.Popen(
         [sys.executable, "-c", HELD, *argv],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    partial = tmp_path / "x.partial"
-    while not list(partial.glob("model-*.safetensors")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    ) as process:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if list(partial.glob("model-*.safetensors")):
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     last = err.splitlines()[-1]
     assert (process.returncode, out) == (130, ""), err
     assert re.fullmatch(

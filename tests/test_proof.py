@@ -145,22 +145,31 @@ def test_what_is_not_timed_is_compared_only() -> None:
     assert not examined(constant(off_by(1.0)), constant(X), is_timed=False).is_right
 
 
-def test_times_are_of_one_call_and_taken_in_turns() -> None:
-    clock, turns = Clock(), []
+@pytest.mark.parametrize(
+    ("nbytes", "many"), [(1, 32), (proof.AT_ONCE_BYTES // 10, 10), (proof.AT_ONCE_BYTES, 8)]
+)
+def test_times_are_of_one_call_and_taken_in_turns(nbytes: int, many: int) -> None:
+    """Of the round in the middle; each goes on through the sets of inputs."""
+    clock = Clock()
+    turns: list[tuple[str, int]] = []
 
     def taking(name: str, seconds: list[float]) -> Op:
         def op(n: int) -> list[mx.array]:
+            clock.now += seconds[len(turns) // (2 * many)]
             turns.append((name, n))
-            clock.now += seconds[len(turns) // 40 % len(seconds)]
             return [mx.array(X)]
 
         return op
 
-    launch, reference = taking("ours", [1.0, 9.0, 1.0]), taking("theirs", [2.0])
-    ours, theirs = proof._times((launch, reference), proof.AT_ONCE_BYTES // 4, clock)
-    once = [(name, n) for name in ("ours", "theirs") for n in range(4)]
-    assert turns == once * proof.ROUNDS
-    assert (ours, theirs) == (1.0, 2.0)
+    launch, reference = taking("ours", [1.0, 9.0, 1.5, 9.0, 1.0]), taking("theirs", [2.0] * 5)
+    ours, theirs = proof._times((launch, reference), nbytes, clock)
+    assert turns == [
+        (name, number * many + n)
+        for number in range(proof.ROUNDS)
+        for name in ("ours", "theirs")
+        for n in range(many)
+    ]
+    assert (ours, theirs) == (1.5, 2.0)
 
 
 def verdict(kernel: str, ours: float, theirs: float, **given: Any) -> Verdict:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +167,35 @@ def test_experts_are_drawn_as_far_as_the_bytes_allow(
 
 
 @pytest.mark.parametrize("packing", [Format("mxfp4", 4, 32), Format("affine", 3, 64)])
-def test_experts_that_no_kernel_reads_are_not_tried(packing: Format) -> None:
-    given = config.parse(CONFIGS["moe"], "moe")
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_matrices_that_no_kernel_reads_are_neither_drawn_nor_tried(
+    name: str, packing: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = config.parse(CONFIGS[name], name)
     modules = Model(given, has_vision=False, has_mtp=False).named_modules()
     shapes = shapes_of(given, {path: packing for path, _ in modules}, mx.bfloat16)
-    for plan in trials.plans(shapes):
-        if plan.kernel in ("moe_gate_up", "moe_down"):
-            assert plan.make() is None
+    products = {"delta_project", *(("moe_gate_up", "moe_down") if shapes.E else ("gate_up",))}
+    plans = [plan for plan in trials.plans(shapes) if plan.kernel in products]
+    assert {plan.kernel for plan in plans} == products
+    monkeypatch.setattr(trials.Draw, "matrices", None)
+    assert [plan.make() for plan in plans] == [None] * len(plans)
+
+
+@pytest.mark.parametrize("packing", [Format("affine", 4, 64), Format("affine", 8, 32), None])
+def test_layers_are_drawn_until_no_cache_holds_them(
+    packing: Format | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = family.find("9b")
+    assert size is not None
+    shapes = replace(size_shapes(size), hidden=256)
+    one = trials._nbytes(trials.Draw(shapes, "").matrices(64, 256, packing=packing))
+    for room, wanted in ((5 * one, range(5, 7)), (1, range(2, 3)), (99 * one, range(40, 41))):
+        monkeypatch.setattr(trials, "STACK_BYTES", room)
+        trials._layers.cache_clear()
+        layers = trials._layers(shapes, (64, 8), (packing, None))
+        assert len(layers) in wanted
+        assert {tuple(m.weight.shape[0] for m in layer) for layer in layers} == {(64, 8)}
+        assert [m.packing for m in layers[0]] == [packing, None]
 
 
 def test_layers_that_are_packed_differently_are_all_tried() -> None:

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from . import library
-from .packed import PLAIN, Packed
+from .packed import FLOATS, Packed
 
 _VALUES = 8  # that a thread unpacks: in every packing they are whole bytes of at most two words
 # Few, so that one token's row keeps more than one core busy.
@@ -28,7 +28,7 @@ def embed(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:
 def fits(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> bool:
     """Whether the kernel serves these types and this format."""
     is_affine = matrix.packing is not None and matrix.packing.mode == "affine"
-    return is_affine and tokens.dtype == mx.uint32 and dtype in PLAIN
+    return is_affine and tokens.dtype == mx.uint32 and dtype in FLOATS
 
 
 def reference(tokens: mx.array, matrix: Packed, dtype: mx.Dtype) -> mx.array:

@@ -8,8 +8,8 @@ from ..packing import Format
 
 # Rows of x that this project's kernels take at once; for more MLX's own are made.
 MAX_TOKENS = 8
-# The types of plain matrices that kernels read.
-PLAIN = (mx.float32, mx.float16, mx.bfloat16)
+# The types of activations and of plain matrices that kernels know.
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 class Packed(NamedTuple):
@@ -27,18 +27,23 @@ class Packed(NamedTuple):
         return width if self.packing is None else width * 32 // self.packing.bits
 
 
+def is_known(packing: Format | None) -> bool:
+    """Whether this project's kernels read matrices that are packed like this."""
+    return packing is None or (packing.mode == "affine" and packing.bits in (4, 8))
+
+
 def is_streamable(matrix: Packed, rows: int) -> bool:
-    """Whether this project's kernels read it, `rows` rows at a time: plain, or affine 4 or 8 bits.
+    """Whether this project's kernels read it, `rows` rows at a time.
 
     Of a plain row a lane loads 16 bytes at once, and rows may not end within them.
     """
-    packing, arrays = matrix.packing, buffers(matrix)
-    if packing is None:
-        known = matrix.weight.dtype in PLAIN and matrix.columns % 8 == 0
+    if matrix.packing is None:
+        whole = matrix.weight.dtype in FLOATS and matrix.columns % 8 == 0
     else:
-        known = packing.mode == "affine" and packing.bits in (4, 8) and matrix.biases is not None
+        whole = matrix.biases is not None
     # Metal gets arrays of fewer than 8 elements in another kind of memory.
-    return known and matrix.weight.shape[-2] % rows == 0 and all(a.size >= 8 for a in arrays)
+    large = all(array.size >= 8 for array in buffers(matrix))
+    return is_known(matrix.packing) and whole and large and matrix.weight.shape[-2] % rows == 0
 
 
 def buffers(matrix: Packed) -> list[mx.array]:
