@@ -41,14 +41,14 @@ COLUMNS = ("must read", "unique", "lines", "must write", "unique", "lines", "bar
 
 
 def main() -> None:
+    cases = [case for module in MODULES for case in module.cases()]
     library.use(library.names())
     print(f"{'':58}" + "".join(f"{name:>12}" for name in COLUMNS))
-    for module in MODULES:
-        for case in module.cases():
-            with executed() as launches:
-                case.op()
-            for launch in launches:
-                _row(launch, case)
+    for case in cases:
+        with executed() as launches:
+            case.op()
+        for launch in launches:
+            _row(launch, case)
 
 
 def _row(launch: Launch, case: Needed) -> None:

@@ -308,8 +308,12 @@ class _Count:
     def moved(self, nbytes: int) -> None:
         with self._alone:
             self.done += nbytes
-            if self.progress:
-                self.progress(self.done, self.total)
+            if self.progress and not self.over.is_set():
+                try:
+                    self.progress(self.done, self.total)
+                except BaseException:
+                    self.over.set()  # for the threads whose results come before this one's
+                    raise
 
 
 def _content(

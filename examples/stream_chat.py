@@ -6,6 +6,8 @@ from pathlib import Path
 
 from qwen35_mlx import Finish, Reasoning, Text, load
 
+DIM = "\x1b[2m{}\x1b[0m" if sys.stdout.isatty() else "{}"
+
 model = load(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "demo-model")
 messages: list[dict[str, object]] = [{"role": "system", "content": "Answer briefly."}]
 for question in ("Hello!", "Who are you?"):
@@ -14,7 +16,7 @@ for question in ("Hello!", "Who are you?"):
     answer = ""
     for event in model.stream(messages, thinking=True):
         if isinstance(event, Reasoning):
-            print(f"\x1b[2m{event.text}\x1b[0m", end="", flush=True)
+            print(DIM.format(event.text), end="", flush=True)
         elif isinstance(event, Text):
             print(event.text if answer else f"\n{event.text}", end="", flush=True)
             answer += event.text

@@ -119,7 +119,9 @@ def _places(graph: "Graph") -> list[Place | None]:
 @click.argument("model")
 @click.option("--launches", is_flag=True, help="Count GPU launches per token; needs no GPU.")
 @click.option("-b", "--bits", type=int, metavar="N", help="Of a size: 3, 4 (default), 5, 6, 8, 16.")
-@click.option("--recipe", metavar="NAME", help="Of a size: careful or uniform, as of `convert`.")
+@click.option(
+    "--recipe", metavar="NAME", help="Of a size: careful (up to 4 bits the default) or uniform."
+)
 @click.option(
     "--context",
     type=click.IntRange(1, LONGEST),
@@ -129,7 +131,9 @@ def _places(graph: "Graph") -> list[Place | None]:
 )
 @click.option("--sampled", is_flag=True, help="Draw as the model card advises; else the likeliest.")
 @click.option("--reference", is_flag=True, help="Without this project's own kernels.")
-@click.option("-v", "--verbose", is_flag=True, help="Also which operations, by kind of layer.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Also the operations of the last layer of each kind."
+)
 @click.option("--order", is_flag=True, help="Also each launch of the last layers, with shapes.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def command(**given: Any) -> int:

@@ -28,7 +28,11 @@ NO_GPU = (
 @click.command(cls=Command, examples=("4b", "my-folder --json"))
 @click.argument("model", default="4b")
 @click.option("-b", "--bits", type=int, metavar="N", help="Of a size: 3, 4 (default), 5, 6, 8, 16.")
-@click.option("--recipe", metavar="NAME", help="Of a size: careful or uniform, as of `convert`.")
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    help="Of a size: careful or uniform, instead of what `generate` loads.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def command(model: str, bits: int | None, recipe: str | None, as_json: bool) -> int:
     """Check and time every Metal kernel on this very GPU, with the shapes of MODEL.

@@ -88,7 +88,7 @@ def _opened(stream: BinaryIO, where: str) -> Any:
     except ImportError:
         raise InputError(
             f"{where}: a video file, and PyAV is not installed; an animation or a folder of frames "
-            'was expected without it. Install it: pip install "qwen35_mlx[video]"'
+            'was expected without it. Install it: pip install "av>=14"'
         ) from None
     stream.seek(0)
     try:

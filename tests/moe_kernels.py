@@ -195,7 +195,8 @@ def cases() -> list[Needed]:
         data = true_width("35B-A3B", N, packing).data
         ids = data.experts.nbytes
         read = data.streamed_bytes(data.gate_up, data.shared_gate_up) + data.x.nbytes + ids
-        layer = f"35B-A3B layer, {N} tokens, {len(data.chosen())} experts, {label(packing)}"
+        tokens = f"{N} token{'s' if N > 1 else ''}"
+        layer = f"35B-A3B layer, {tokens}, {len(data.chosen())} experts, {label(packing)}"
         shown.append(Needed(f"moe_gate_up: {layer}", data.gate_up_result, read, data.h.nbytes))
         read = data.streamed_bytes(data.down, data.shared_down) + data.h.nbytes + ids
         read += data.weights.nbytes + data.shared.nbytes

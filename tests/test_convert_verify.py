@@ -429,6 +429,7 @@ def test_an_interrupted_verification_ends_at_once(
     monkeypatch.setattr("qwen35_mlx.convert.verify.READ_BYTES", 1000)
     with pytest.raises(KeyboardInterrupt):
         verify(folder, interrupting)
+    assert len(seen) == 5
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert seen[-1] < total // 2
 

@@ -295,7 +295,7 @@ def test_a_phone_held_upright_gives_upright_frames() -> None:
 def test_without_pyav_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(flat(4), Fraction(24))
     monkeypatch.setitem(sys.modules, "av", None)
-    assert refused(data).endswith('pip install "qwen35_mlx[video]"')
+    assert refused(data).endswith('pip install "av>=14"')
     assert colours(open_video(animation("GIF", flat(3), 100), "video").frames)  # needs nothing
 
 
