@@ -199,7 +199,6 @@ def _convert(request: Request, model: Model, out: Path, told: Told) -> Plan:
     """Bring the source and convert it. Returns the plan that was carried out."""
     place.require_writable(out)
     found = _found(request, model, out, told)
-    _require_long_text(request, found)
     planned = plan(found.source, request.options)
     place.require_room(place.assessed(model, out, found, planned))
     if found.lacks:
@@ -226,14 +225,6 @@ def _convert(request: Request, model: Model, out: Path, told: Told) -> Plan:
         progress=report,
     )
     return planned
-
-
-def _require_long_text(request: Request, found: Found) -> None:
-    """What is too short for a report is said before the hours of work."""
-    from . import report
-
-    if request.text is not None:
-        report.tokens_of(found.source.folder, read_text(request.text))
 
 
 def _found(request: Request, model: Model, out: Path, told: Told) -> Found:

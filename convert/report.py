@@ -25,6 +25,7 @@ from .source import Source, View, open_folder
 SLICE_WEIGHTS = 4 << 20  # compared at once
 ROWS = 32  # of logits at once: 32 MB for each model, a few times over
 MOST_TOKENS = 1024
+TOKEN_CHARACTERS = 128  # at most, of all but runs of blanks
 VECTORS = "vectors, convolutions"
 ABSENT = "not there"
 LINE = 100  # columns of the table
@@ -104,10 +105,9 @@ def report(
     """Compare the folder `out` with the `source` it was made from.
 
     source: a folder in any layout that is read. out: one in MLX's layout, ours or another. text:
-    what both models read, at most 1,024 tokens of it; None leaves the divergence out. progress:
-    weights compared, in all.
-    Raises: ModelError when either cannot be read or they are not of one model; InputError when the
-    text is shorter than two tokens.
+    what both models read, at most 1,024 tokens of it; None leaves the divergence out, and what
+    stands in its way is a note. progress: weights compared, in all.
+    Raises: ModelError when either cannot be read or they are not of one model.
     """
     rows = _rounding(source, out, progress)
     if text is None:
@@ -116,9 +116,9 @@ def report(
         note = "No KL divergence: the source is packed as FP8, which the runtime does not run."
         return Report(rows, None, note)
     try:
-        return Report(rows, _divergence(source, out, tokens_of(source, text)), "")
-    except OutOfMemory as error:
-        return Report(rows, None, f"No KL divergence: {one_line(error, 1000)}.")
+        return Report(rows, _divergence(source, out, _tokens(source, text)), "")
+    except (InputError, OutOfMemory) as error:
+        return Report(rows, None, f"No KL divergence: {one_line(error, 1000).rstrip('.')}.")
 
 
 # -- rounding --------------------------------------------------------------------------------------
@@ -244,16 +244,12 @@ def _as_stored(target: Target, rows: mx.array) -> mx.array:
 # -- predictions -----------------------------------------------------------------------------------
 
 
-def tokens_of(source: Path, text: str) -> np.ndarray:
-    """`[T]` int32, T from 2 to 1,024, by the tokenizer of the folder `source`.
-
-    Raises: InputError for a shorter text, ModelError for a tokenizer that cannot be read.
-    """
-    tokens = prompt.from_text(text, Tokenizer.read(source)).tokens[:MOST_TOKENS]
+def _tokens(source: Path, text: str) -> np.ndarray:
+    """`[T]` int32, T from 2 to 1,024. Raises: InputError for a shorter text."""
+    beginning = text[: MOST_TOKENS * TOKEN_CHARACTERS]
+    tokens = prompt.from_text(beginning, Tokenizer.read(source)).tokens[:MOST_TOKENS]
     if len(tokens) < 2:
-        raise InputError(
-            f"text: {len(tokens)} token of the model; expected at least two. Give more text."
-        )
+        raise InputError("the text is one token of the model; expected at least two. Give more.")
     return tokens
 
 

@@ -52,7 +52,7 @@ def require_sense(request: Request) -> None:
     if request.text is not None and not request.report:
         raise ConversionError("--text: given without --report; expected both. Add --report.")
     if request.text is not None:
-        read_text(request.text)
+        read_text(request.text)  # what cannot be read is said before the hours of work
     if request.revision is not None and (
         not REVISION.fullmatch(request.revision) or ".." in request.revision
     ):

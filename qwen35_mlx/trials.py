@@ -80,8 +80,14 @@ def _tokens(T: int) -> str:
 
 
 def _named(N: int, packings: Sequence[Format | None]) -> str:
-    bits = ["plain" if p is None else f"{p.bits}b/{p.group_size}" for p in packings]
-    return f"{_tokens(N)}, {'+'.join(dict.fromkeys(bits))}"
+    return f"{_tokens(N)}, {'+'.join(dict.fromkeys(map(_packed, packings)))}"
+
+
+def _packed(packing: Format | None) -> str:
+    if packing is None:
+        return "plain"
+    is_affine = packing.mode == "affine"
+    return f"{packing.bits}b/{packing.group_size}" if is_affine else packing.mode
 
 
 class Draw:

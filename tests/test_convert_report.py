@@ -16,7 +16,7 @@ import qwen35_mlx
 import tiny
 from converting import Raw, read_file, write_file
 from qwen35_mlx import memory, prompt
-from qwen35_mlx.errors import InputError, ModelError
+from qwen35_mlx.errors import ModelError
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo-model"
 TEXT = "Ships come and go; the harbour of Lisbon opened early, and nobody slept. " * 3
@@ -285,9 +285,19 @@ def test_a_long_text_is_cut(demo: dict[int, Path], monkeypatch: pytest.MonkeyPat
     assert found is not None and found.tokens == 33
 
 
-def test_a_text_of_one_token_is_refused(demo: dict[int, Path]) -> None:
-    with pytest.raises(InputError, match="1 token of the model; expected at least two"):
-        report(DEMO, demo[16], "a")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a", "No KL divergence: the text is one token of the model; expected at least two. Give"),
+        ("a <|image_pad|> b", "No KL divergence: "),
+    ],
+)
+def test_a_text_that_the_model_cannot_read_is_a_note(
+    text: str, said: str, demo: dict[int, Path]
+) -> None:
+    found = report(DEMO, demo[16], text)
+    assert found.rows and found.divergence is None
+    assert found.note.startswith(said) and found.note.endswith(".")
 
 
 def test_too_little_memory_is_a_note(

@@ -12,10 +12,10 @@ from moe_kernels import WAYS, combine_data, way
 from qwen35_mlx.kernels.moe_combine import moe_combine
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
-# N, E, K, hidden: N * K and N on both sides of 8; widths on both sides of a threadgroup's 1,024.
+# N, E, K, hidden: as few tokens as are served; widths on both sides of a threadgroup's 1,024.
 CASES = [
-    (1, 5, 3, 12, F32),
-    (3, 5, 2, 1028, F16),
+    (8, 5, 3, 12, F32),
+    (11, 5, 2, 1028, F16),
     (64, 12, 8, 96, BF16),
     (13, 7, 4, 2048, F32),
     (9, 16, 10, 1024, BF16),
@@ -47,7 +47,7 @@ def test_agrees_with_float64(
         assert buffers[name].read.lines <= 1.25 * buffers[name].read.unique + 64 * (N * K + N)
 
 
-@pytest.mark.parametrize("hidden", [4, 14])
-def test_what_the_kernel_does_not_know_takes_the_reference(hidden: int) -> None:
-    data = combine_data(3, 5, 2, hidden, F32)
+@pytest.mark.parametrize("N, hidden", [(8, 4), (8, 14), (7, 12), (1, 12)])
+def test_what_the_kernel_does_not_know_takes_the_reference(N: int, hidden: int) -> None:
+    data = combine_data(N, 5, 2, hidden, F32)
     takes_the_reference(lambda: [moe_combine(*data)])
