@@ -99,6 +99,7 @@ def test_every_text_that_a_model_launches_was_tried(
     source = write_source(tmp_path / "source", name)
     folder = converted(source, tmp_path / "made", **packing)
     model, shapes = asked_at_load(lambda: load(folder, dtype=dtype), monkeypatch)
+    monkeypatch.setattr(trials, "STACK_BYTES", 1)
     used = launched(model)
     plain = {"embed"} if packing["bits"] == 16 else set()
     assert {launch.name for launch in used} == (MIXTURE if name == "moe" else DENSE) - plain
@@ -113,6 +114,7 @@ def test_every_kernel_is_right_in_every_trial(
 ) -> None:
     monkeypatch.setattr(proof, "AT_ONCE", 1)
     monkeypatch.setattr(proof, "ROUNDS", 1)
+    monkeypatch.setattr(trials, "STACK_BYTES", 1)
     monkeypatch.setattr(trials, "PROMPT", 40)
     given = config.parse(CONFIGS[name], name)
     modules = Model(given, has_vision=False, has_mtp=False).named_modules()
