@@ -118,7 +118,7 @@ def report(
     try:
         return Report(rows, _divergence(source, out, _tokens(source, text)), "")
     except (InputError, OutOfMemory) as error:
-        return Report(rows, None, f"No KL divergence: {one_line(error, 1000).rstrip('.')}.")
+        return Report(rows, None, f"No KL divergence: {one_line(error, 1000)}.")
 
 
 # -- rounding --------------------------------------------------------------------------------------
@@ -249,7 +249,9 @@ def _tokens(source: Path, text: str) -> np.ndarray:
     beginning = text[: MOST_TOKENS * TOKEN_CHARACTERS]
     tokens = prompt.from_text(beginning, Tokenizer.read(source)).tokens[:MOST_TOKENS]
     if len(tokens) < 2:
-        raise InputError("the text is one token of the model; expected at least two. Give more.")
+        raise InputError(
+            "the text has under two tokens of the model; expected more. Give more text."
+        )
     return tokens
 
 

@@ -108,10 +108,7 @@ def _say_versions(ctx: click.Context, _option: click.Parameter, asked: bool) -> 
 @click.option("--image", multiple=True, metavar="FILE", help="Picture: file or URL. Repeatable.")
 @click.option("--video", multiple=True, metavar="PATH", help="Video: file, GIF, folder of frames.")
 @click.option(
-    "--fps",
-    type=float,
-    metavar="N",
-    help="Frames per second; of a folder 24 unless said.",
+    "--fps", type=float, metavar="N", help="Frames per second; of a folder 24 unless said."
 )
 @click.option("--thinking/--no-thinking", default=None, help="Reason first? Default: the model's.")
 @click.option("--tools", metavar="FILE", help="JSON list of tools in OpenAI's form.")

@@ -288,7 +288,7 @@ def test_a_long_text_is_cut(demo: dict[int, Path], monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a", "No KL divergence: the text is one token of the model; expected at least two. Give"),
+        ("a", "No KL divergence: the text has under two tokens of the model; expected more. Give"),
         ("a <|image_pad|> b", "No KL divergence: "),
     ],
 )

@@ -4,15 +4,7 @@ import mlx.core as mx
 
 from . import library
 from .moe import grouped_matmul
-from .packed import (
-    MAX_TOKENS,
-    Packed,
-    buffers,
-    is_streamable,
-    layout,
-    matmul,
-    words_at_once,
-)
+from .packed import MAX_TOKENS, Packed, buffers, is_streamable, layout, matmul, words_at_once
 
 # At most so many of a threadgroup; K + 1 where that is less, one for each matrix of one token.
 _SIMDGROUPS = 12
